@@ -1,0 +1,102 @@
+//! An open image: the header and the two top-level tables, with every word of them checked.
+
+use crate::entry::Decoder;
+use crate::error::{OpenError, OpenErrorInner};
+use crate::header::Header;
+use crate::metaset::{Fixed, MetaSet};
+use crate::table::Table;
+
+/// An image that may be served. Made from the bytes of its header and top-level tables; all of
+/// their entries were checked, so work and memory have followed the file's size, not its claims.
+#[derive(Clone, Debug)]
+pub struct Image {
+    pub(crate) header: Header,
+    pub(crate) decoder: Decoder,
+    pub(crate) l1: Table,
+    pub(crate) refcounts: Table,
+    pub(crate) metadata: MetaSet,
+    pub(crate) file_len: u64,
+}
+
+impl Image {
+    /// Checks the tables: `l1` and `refcount_table` are the bytes at the header's
+    /// [`l1_extent`](Header::l1_extent) and
+    /// [`refcount_table_extent`](Header::refcount_table_extent).
+    ///
+    /// # Errors
+    /// An entry with reserved bits set, unaligned, outside the file, or pointing to where other
+    /// metadata lies; an L1 entry without COPIED (there are no snapshots, so its refcount is wrong).
+    pub fn new(
+        header: Header,
+        l1: &[u8],
+        refcount_table: &[u8],
+        file_len: u64,
+    ) -> Result<Self, OpenError> {
+        let geometry = header.geometry();
+        let decoder = Decoder { geometry, version: header.version() };
+        let page_bits = geometry.page_bits();
+        let l1 = Table::parse(l1, header.l1_extent(), page_bits);
+        let refcounts = Table::parse(refcount_table, header.refcount_table_extent(), page_bits);
+        let used = |words: &[u64]| words.iter().filter(|&&word| word != 0).count();
+        let mut metadata = MetaSet::new(used(l1.words()) + used(refcounts.words()));
+        let tables =
+            [(Fixed::L1, "L1 table", &l1), (Fixed::RefcountTable, "refcount table", &refcounts)];
+        for (which, what, table) in tables {
+            if !metadata.set_range(which, table.extent(), geometry) {
+                let (index, value) = (0, table.extent().offset);
+                return Err(overlap(what, index, value));
+            }
+        }
+        let mut image = Self { header, decoder, l1, refcounts, metadata, file_len };
+        image.check_l1()?;
+        image.check_refcounts()?;
+        Ok(image)
+    }
+
+    fn check_l1(&mut self) -> Result<(), OpenError> {
+        let table = "L1 table";
+        for (index, &value) in (0..).zip(self.l1.words()) {
+            let bad = |why| OpenErrorInner::BadEntry { table, index, value, why };
+            let found = self.decoder.l1(value, self.file_len).map_err(|word| bad(word.text()))?;
+            let Some(pointer) = found else { continue };
+            if !pointer.copied {
+                let why = "its COPIED flag is clear without snapshots: see 'qemu-img check -r all'";
+                return Err(bad(why).into());
+            }
+            if !self.metadata.insert(pointer.at.index()) {
+                return Err(overlap(table, index, value));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_refcounts(&mut self) -> Result<(), OpenError> {
+        let table = "refcount table";
+        for (index, &value) in (0..).zip(self.refcounts.words()) {
+            let found = self.decoder.refcount_table(value, self.file_len);
+            let bad = |why| OpenErrorInner::BadEntry { table, index, value, why };
+            let Some(at) = found.map_err(|word| bad(word.text()))? else { continue };
+            if !self.metadata.insert(at.index()) {
+                return Err(overlap(table, index, value));
+            }
+        }
+        Ok(())
+    }
+
+    /// Size of the virtual disk in bytes.
+    #[must_use]
+    pub fn virtual_size(&self) -> u64 {
+        self.header.virtual_size()
+    }
+
+    /// Bytes of L2 tables that an image of this virtual size has when all of it is allocated.
+    pub(crate) fn all_l2_bytes(&self) -> u64 {
+        let geometry = self.header.geometry();
+        geometry.l1_entries_for(self.virtual_size()) << geometry.cluster_bits()
+    }
+}
+
+fn overlap(table: &'static str, index: u64, value: u64) -> OpenError {
+    let why = "it overlaps other metadata";
+    OpenErrorInner::BadEntry { table, index, value, why }.into()
+}

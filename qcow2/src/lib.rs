@@ -1,0 +1,97 @@
+//! A sans-I/O engine for the qcow2 image format.
+//!
+//! The engine is one plain value, [`Engine`]. Requests and completions go in, operations and replies
+//! come out; the bytes of guest data never do. The server moves bytes with io_uring, the tests play
+//! the disk, and both drive the very same code, so every order of completions and every crash can
+//! be tried without a kernel.
+//!
+//! # The life of a request
+//!
+//! ```text
+//!   submit(queue, tag, request)                      complete(op, outcome)
+//!            │                                                │
+//!            ▼                                                ▼
+//!       ┌─────────┐   step    ┌────────────┐  all done   ┌─────────┐
+//!       │  ready  │──────────►│ operations │────────────►│ commit  │──► next_reply(queue)
+//!       └─────────┘           └────────────┘  (new       └─────────┘
+//!         ▲    │ something is    next_op(queue) clusters)  mapping goes into the L2 page
+//!    wake │    ▼ missing
+//!       ┌─────────┐
+//!       │ waiting │  for a page, a slot, an extended file, the end of a round, …
+//!       └─────────┘
+//! ```
+//!
+//! A step looks up all it needs and changes nothing before it has it; a request that misses
+//! something notes what, is woken when that may be there, and looks again. See [`engine`].
+//!
+//! # The order on disk
+//!
+//! Metadata changes in memory and reaches the disk in rounds, in an order that leaves an image with
+//! leaked clusters at the worst, whatever a power cut or a killed process keeps: data and refcounts,
+//! then the refcount table, then L2, then L1, with an fdatasync between each. The argument is at the
+//! head of [`flush`].
+//!
+//! # What always holds
+//!
+//! - **This crate knows no file descriptor, clock, thread or randomness**; it is `no_std` and has
+//!   no unsafe code. Everything it does follows from the order of the events.
+//! - **Only `flush` and `grow` write metadata or sync.**
+//! - **A reply to FLUSH comes after an fdatasync that was submitted when all it covers had
+//!   completed.** A failed one is final ([`Health::Failed`]): it is never tried again and believed.
+//! - **Guest data is never written where a table lies**, whatever the image says ([`metaset`]).
+//! - **Requests, operations, pages and staging are bounded** by queue depth and cache budget, and
+//!   are set aside at open. The top-level tables grow with the image ([`table`]).
+//!
+//! # Map
+//!
+//! | room | what it is for |
+//! | --- | --- |
+//! | [`units`], [`geometry`] | offsets and clusters as types; the constants of an image |
+//! | [`header`], [`entry`] | on-disk words and what they mean; what is refused, by name |
+//! | [`image`] | a checked image, ready for the engine |
+//! | [`table`], [`cache`], [`metaset`] | L1 and refcount table; L2 and refcount pages; overlap set |
+//! | [`engine`] | events, actions, waiting and waking, failure, closing |
+//! | [`progress`], [`pages`] | operations and their completion; reading pages of tables |
+//! | [`request`], [`optable`], [`op`] | requests, operations under way, what crosses the border |
+//! | [`read`], [`write`] | the steps of reads and writes |
+//! | [`allocator`] | free clusters, refcounts, the end of the file |
+//! | [`flush`], [`grow`] | rounds, and moving the refcount table |
+//! | [`options`], [`error`] | options from the command line; what goes wrong |
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+mod allocator;
+mod cache;
+mod engine;
+mod entry;
+mod error;
+mod flush;
+mod geometry;
+mod grow;
+mod header;
+mod image;
+mod metaset;
+mod op;
+mod optable;
+mod options;
+mod pages;
+mod progress;
+mod read;
+mod request;
+mod table;
+#[cfg(feature = "testing")]
+pub mod testing;
+mod units;
+mod write;
+
+pub use engine::{Engine, Health, Memory, Stats};
+pub use error::{Failure, FailureKind, IoErrorKind, OpenError, OpenErrorKind};
+pub use geometry::Geometry;
+pub use header::{Extent, Header};
+pub use image::Image;
+pub use op::{FileId, Op, OpId, OpKind, Outcome, Reply, Request};
+pub use options::Options;
+pub use units::{ClusterCount, GuestCluster, GuestOffset, HostCluster, HostOffset};

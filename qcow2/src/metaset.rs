@@ -1,0 +1,138 @@
+//! The set of host clusters that hold metadata, asked before every write of anything else.
+//!
+//! An image can contradict itself: an L2 entry that points to a refcount block would let the guest
+//! write refcounts. QEMU calls the check against this "overlap check"; here it is on in release
+//! builds. The set grows with the file: 16 bytes (a half-full table of 8-byte slots) per L2 table
+//! and refcount block; header, L1 and refcount table are kept as ranges.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::geometry::Geometry;
+use crate::header::Extent;
+
+/// Clusters with metadata. An open-addressing hash set; 0 marks an empty slot, since cluster 0 is
+/// the header's and is kept as a range.
+#[derive(Clone, Debug)]
+pub(crate) struct MetaSet {
+    slots: Vec<u64>,
+    len: usize,
+    /// Clusters `start..end`: the header, the L1 table, the refcount table.
+    ranges: [(u64, u64); 3],
+}
+
+/// Which range of clusters: a place in `ranges`, whose first is the header's for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fixed {
+    L1 = 1,
+    RefcountTable = 2,
+}
+
+impl MetaSet {
+    /// An empty set with room for `expected` clusters before it has to grow.
+    pub(crate) fn new(expected: usize) -> Self {
+        let slots = (expected * 2).next_power_of_two().max(64);
+        Self { slots: vec![0; slots], len: 0, ranges: [(0, 1), (0, 0), (0, 0)] }
+    }
+
+    /// Says where a fixed table lies. False if that overlaps what is known.
+    pub(crate) fn set_range(&mut self, which: Fixed, extent: Extent, geometry: Geometry) -> bool {
+        let start = extent.offset >> geometry.cluster_bits();
+        let end = start + geometry.clusters_for(extent.len);
+        self.ranges[which as usize] = (0, 0);
+        let free = !(start..end).any(|cluster| self.contains(cluster));
+        self.ranges[which as usize] = (start, end);
+        free
+    }
+
+    fn home(&self, cluster: u64) -> usize {
+        // Fibonacci hashing: the high bits of the product are well mixed.
+        let hash = cluster.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        usize::try_from(hash).expect("32 bits") & (self.slots.len() - 1)
+    }
+
+    pub(crate) fn contains(&self, cluster: u64) -> bool {
+        if self.ranges.iter().any(|&(start, end)| start <= cluster && cluster < end) {
+            return true;
+        }
+        let mask = self.slots.len() - 1;
+        let mut at = self.home(cluster);
+        while self.slots[at] != 0 {
+            if self.slots[at] == cluster {
+                return true;
+            }
+            at = (at + 1) & mask;
+        }
+        false
+    }
+
+    /// Is any of the `count` clusters from `start` on in the set?
+    pub(crate) fn overlaps(&self, start: u64, count: u64) -> bool {
+        (start..start + count).any(|cluster| self.contains(cluster))
+    }
+
+    /// Adds a cluster. False if it was there.
+    pub(crate) fn insert(&mut self, cluster: u64) -> bool {
+        if self.contains(cluster) {
+            return false;
+        }
+        if (self.len + 1) * 2 > self.slots.len() {
+            let doubled = vec![0; self.slots.len() * 2];
+            let old = core::mem::replace(&mut self.slots, doubled);
+            for cluster in old.into_iter().filter(|&cluster| cluster != 0) {
+                self.place(cluster);
+            }
+        }
+        self.place(cluster);
+        self.len += 1;
+        true
+    }
+
+    fn place(&mut self, cluster: u64) {
+        let mask = self.slots.len() - 1;
+        let mut at = self.home(cluster);
+        while self.slots[at] != 0 {
+            at = (at + 1) & mask;
+        }
+        self.slots[at] = cluster;
+    }
+
+    /// Bytes of memory.
+    pub(crate) fn memory(&self) -> u64 {
+        self.slots.len() as u64 * 8
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_inserted_is_found_and_nothing_else() {
+        let mut set = MetaSet::new(0);
+        for cluster in (7..10_000).step_by(7) {
+            assert!(set.insert(cluster));
+            assert!(!set.insert(cluster));
+        }
+        for cluster in 1..10_000 {
+            assert_eq!(set.contains(cluster), cluster % 7 == 0, "{cluster}");
+        }
+        assert!(set.contains(0), "the header is always in it");
+        assert!(set.overlaps(8, 7) && !set.overlaps(8, 6));
+    }
+
+    #[test]
+    fn a_range_that_overlaps_is_reported() {
+        let geometry = Geometry::new(16, 4);
+        let mut set = MetaSet::new(0);
+        assert!(set.insert(5));
+        let extent = |cluster: u64, len| Extent { offset: cluster << 16, len };
+        assert!(set.set_range(Fixed::L1, extent(1, 8), geometry));
+        assert!(!set.set_range(Fixed::RefcountTable, extent(1, 1 << 16), geometry));
+        assert!(!set.set_range(Fixed::RefcountTable, extent(4, 2 << 16), geometry));
+        assert!(set.set_range(Fixed::RefcountTable, extent(2, 2 << 16), geometry));
+        assert!(set.contains(3) && !set.contains(4));
+        assert!(set.set_range(Fixed::RefcountTable, extent(6, 2 << 16), geometry), "it moved");
+        assert!(!set.contains(3) && set.contains(7));
+    }
+}

@@ -1,0 +1,151 @@
+//! The table of operations under way, and their staging buffers. Both are sized at open.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::cache::SlotId;
+use crate::geometry::Geometry;
+use crate::op::{OpId, OpKind};
+use crate::request::{RequestId, Which};
+
+/// On whose behalf an operation runs, and so what its completion means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// A guest request: its payload, or zeros around it.
+    Request(RequestId),
+    /// A new L2 table for this L1 entry is being zeroed.
+    NewTable(u64),
+    /// A page is being read into a cache.
+    Load(Which, SlotId),
+    /// A page of a cache is being written.
+    Page(Which, SlotId),
+    /// A page of the L1 or refcount table is being written.
+    Top,
+    /// A page of a new refcount table, or of a refcount block that comes with it.
+    Grown,
+    /// The header.
+    Header,
+    /// An fdatasync of a round.
+    Sync,
+    /// The fdatasync that a writable open begins with.
+    FirstSync,
+    /// The file is being extended; `least`: by no more than is needed right now.
+    Extend { least: bool },
+    /// The file is being extended for a new refcount table.
+    ExtendGrown,
+    /// The unused end of the file is being cut off.
+    Truncate,
+}
+
+/// One operation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OpState {
+    pub(crate) owner: Owner,
+    pub(crate) kind: OpKind,
+    pub(crate) queue: u16,
+    pub(crate) staging: Option<u16>,
+    /// How often a short transfer was taken up again without progress of the whole.
+    pub(crate) retries: u8,
+}
+
+/// All operations, and the staging memory.
+#[derive(Clone, Debug)]
+pub(crate) struct OpTable {
+    states: Vec<Option<OpState>>,
+    free: Vec<u32>,
+    /// Operations of guest requests that may still be made; the rest is kept for metadata.
+    payload_left: usize,
+    staging_free: Vec<u16>,
+    staging: Vec<u8>,
+    page_size: usize,
+}
+
+/// Operations that one step of a request makes at the most: zeros before, payload, zeros behind.
+pub(crate) const OPS_PER_STEP: usize = 3;
+
+/// Metadata operations that need no staging: syncs, extends, zeroed tables.
+const OTHER_OPS: usize = 64;
+
+impl OpTable {
+    pub(crate) fn new(requests: usize, staging: u16, geometry: Geometry) -> Self {
+        // Twice as many as requests, so that each can have an extent in flight and another queued.
+        let payload = requests * 2 + OPS_PER_STEP;
+        let total = payload + usize::from(staging) + OTHER_OPS;
+        let total32 = u32::try_from(total).expect("at most 2^16 requests");
+        let page_size = geometry.page_size();
+        Self {
+            states: vec![None; total],
+            free: (0..total32).rev().collect(),
+            payload_left: payload,
+            staging_free: (0..staging).rev().collect(),
+            staging: vec![0; usize::from(staging) * page_size],
+            page_size,
+        }
+    }
+
+    /// Operations that may be under way at the same time.
+    pub(crate) fn capacity(&self) -> usize {
+        self.states.len()
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.states.len() - self.free.len()
+    }
+
+    /// May a request make a step?
+    pub(crate) fn has_payload_room(&self) -> bool {
+        self.payload_left >= OPS_PER_STEP
+    }
+
+    /// May an operation without staging be made for metadata?
+    pub(crate) fn has_room(&self) -> bool {
+        self.free.len() > self.payload_left + self.staging_free.len()
+    }
+
+    pub(crate) fn has_staging(&self) -> bool {
+        !self.staging_free.is_empty()
+    }
+
+    /// Makes an operation. The caller has asked for room before.
+    pub(crate) fn insert(&mut self, owner: Owner, kind: OpKind, queue: u16) -> OpId {
+        let id = self.free.pop().expect("callers ask for room first");
+        self.payload_left -= usize::from(matches!(owner, Owner::Request(_)));
+        let staged = matches!(kind, OpKind::MetaRead { .. } | OpKind::MetaWrite { .. });
+        let staging =
+            staged.then(|| self.staging_free.pop().expect("callers ask for staging first"));
+        self.states[id as usize] = Some(OpState { owner, kind, queue, staging, retries: 0 });
+        OpId(id)
+    }
+
+    pub(crate) fn get(&self, id: OpId) -> &OpState {
+        self.states[id.0 as usize].as_ref().expect("an operation under way")
+    }
+
+    pub(crate) fn get_mut(&mut self, id: OpId) -> &mut OpState {
+        self.states[id.0 as usize].as_mut().expect("an operation under way")
+    }
+
+    pub(crate) fn remove(&mut self, id: OpId) -> OpState {
+        let state = self.states[id.0 as usize].take().expect("an operation under way");
+        self.free.push(id.0);
+        self.payload_left += usize::from(matches!(state.owner, Owner::Request(_)));
+        self.staging_free.extend(state.staging);
+        state
+    }
+
+    /// The staging buffer of an operation that has one.
+    pub(crate) fn staging(&self, id: OpId) -> &[u8] {
+        let start = self.staging_start(id);
+        &self.staging[start..start + self.page_size]
+    }
+
+    pub(crate) fn staging_mut(&mut self, id: OpId) -> &mut [u8] {
+        let start = self.staging_start(id);
+        &mut self.staging[start..start + self.page_size]
+    }
+
+    fn staging_start(&self, id: OpId) -> usize {
+        let slot = self.get(id).staging.expect("only metadata operations have staging");
+        usize::from(slot) * self.page_size
+    }
+}

@@ -1,0 +1,78 @@
+//! Pages of tables: reading them into the caches, and whether they are dirty.
+
+use crate::cache::{Cache, SlotId};
+use crate::engine::Engine;
+use crate::error::{FailureKind, IoErrorKind};
+use crate::op::{OpId, OpKind};
+use crate::optable::Owner;
+use crate::request::{Stop, Wait, Which};
+
+impl Engine {
+    pub(crate) fn cache(&mut self, which: Which) -> &mut Cache {
+        match which {
+            Which::L2 => &mut self.l2_cache,
+            Which::Refcounts => &mut self.refcount_cache,
+        }
+    }
+
+    /// Begins to read a page that is absent. `Err` says what to wait for: the page itself, or what
+    /// is needed to read it.
+    pub(crate) fn load(&mut self, which: Which, page: u64) -> Stop {
+        if !self.ops.has_staging() {
+            return Stop::Wait(Wait::Staging);
+        }
+        let page_bits = self.geometry().page_bits();
+        let Some(slot) = self.cache(which).begin_load(page) else {
+            // Every other page is dirty, or on its way: a round makes room.
+            self.round.wanted |= self.cache(which).is_unclean();
+            return Stop::Wait(Wait::Slot(which));
+        };
+        self.stats.cache_misses += 1;
+        self.stats.metadata_reads += 1;
+        let len = u32::try_from(self.geometry().page_size()).expect("a page");
+        self.emit(Owner::Load(which, slot), OpKind::MetaRead { offset: page << page_bits, len });
+        Stop::Wait(Wait::Page(which, page))
+    }
+
+    pub(crate) fn finish_page_load(
+        &mut self,
+        id: OpId,
+        which: Which,
+        slot: SlotId,
+        result: Result<(), IoErrorKind>,
+    ) {
+        let page = self.cache(which).page_of(slot);
+        let offset = page << self.geometry().page_bits();
+        if result.is_ok() {
+            let bytes = self.ops.staging(id);
+            let cache = match which {
+                Which::L2 => &mut self.l2_cache,
+                Which::Refcounts => &mut self.refcount_cache,
+            };
+            cache.finish_load(slot, bytes);
+            self.wake(|wait| wait == Wait::Page(which, page));
+        } else {
+            self.cache(which).abandon_load(slot);
+            self.incident(FailureKind::MetadataRead, offset);
+            if which == Which::Refcounts {
+                self.allocator.stop_recycling();
+            }
+            self.wake_failing(IoErrorKind::Io, |wait| wait == Wait::Page(which, page));
+        }
+        self.wake(|wait| wait == Wait::Slot(which));
+    }
+
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.l2_cache.is_unclean()
+            || self.refcount_cache.is_unclean()
+            || self.l1.is_dirty()
+            || self.refcount_table.is_dirty()
+    }
+
+    pub(crate) fn note_dirty(&mut self) {
+        let now = self.now_ms;
+        self.dirty_since_ms.get_or_insert(now);
+        let crowded = self.l2_cache.is_crowded() || self.refcount_cache.is_crowded();
+        self.round.wanted |= crowded;
+    }
+}

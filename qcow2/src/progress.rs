@@ -1,0 +1,133 @@
+//! Operations on their way: handing them out, short transfers, and what a completion means.
+
+use crate::engine::{Engine, Life};
+use crate::error::{FailureKind, IoErrorKind};
+use crate::op::{OpId, OpKind, Outcome};
+use crate::optable::Owner;
+use crate::request::{RequestId, Wait};
+
+/// How often an operation without any progress is taken up again.
+const MAX_RETRIES: u8 = 3;
+
+impl Engine {
+    pub(crate) fn emit(&mut self, owner: Owner, kind: OpKind) -> OpId {
+        let queue = match owner {
+            Owner::Request(id) => {
+                self.requests[id].pending += 1;
+                u16::try_from(id / usize::from(self.options.depth)).expect("a queue number")
+            }
+            _ => self.current_queue,
+        };
+        let id = self.ops.insert(owner, kind, queue);
+        self.out[usize::from(queue)].push_back(id);
+        id
+    }
+
+    pub(crate) fn emit_sync(&mut self, owner: Owner) {
+        // Cleared before it is carried out: what completes from now on is not covered.
+        self.volatile = false;
+        self.stats.syncs += 1;
+        self.emit(owner, OpKind::Sync);
+    }
+
+    /// Writes a page of metadata; the caller has made sure of staging.
+    pub(crate) fn emit_meta_write(&mut self, owner: Owner, offset: u64, len: usize) -> OpId {
+        debug_assert_eq!(offset % u64::from(self.options.alignment), 0);
+        let len = u32::try_from(len).expect("a page");
+        self.stats.metadata_writes += 1;
+        self.emit(owner, OpKind::MetaWrite { offset, len })
+    }
+
+    /// Only the first `done` bytes were transferred: sends the rest off again, or says how the
+    /// operation ended.
+    pub(crate) fn take_up_short(&mut self, id: OpId, done: u32) -> Option<Outcome> {
+        let align = self.options.alignment;
+        let file_len = self.file_len;
+        let state = self.ops.get_mut(id);
+        // Direct I/O goes on at a multiple of the alignment.
+        let whole_sectors = done - done % align;
+        let mut progress = whole_sectors != 0;
+        match &mut state.kind {
+            OpKind::Read { tag, at, offset, len } => {
+                let end = *at + *len;
+                if *offset + u64::from(whole_sectors) + u64::from(align) > file_len {
+                    // The end of the file, in the middle of a cluster: what lies behind is zeros.
+                    // The bytes of a partial last sector are in the buffer already.
+                    let have = file_len.saturating_sub(*offset).min((*len).into());
+                    let have = u32::try_from(have).expect("at most the length");
+                    if done < have {
+                        return Some(Outcome::Error(IoErrorKind::Io));
+                    }
+                    let at = *at + have;
+                    state.kind = OpKind::Fill { tag: *tag, at, len: end - at };
+                } else {
+                    *at += whole_sectors;
+                    *offset += u64::from(whole_sectors);
+                    *len = end - *at;
+                }
+            }
+            OpKind::Write { at, offset, len, .. } => {
+                *at += whole_sectors;
+                *offset += u64::from(whole_sectors);
+                *len -= whole_sectors;
+            }
+            OpKind::WriteZeros { offset, len } => {
+                *offset += u64::from(whole_sectors);
+                *len -= whole_sectors;
+            }
+            // A page is written as a whole, once more.
+            OpKind::MetaWrite { .. } => progress = false,
+            _ => return Some(Outcome::Error(IoErrorKind::Io)),
+        }
+        state.retries = if progress { 0 } else { state.retries + 1 };
+        if state.retries > MAX_RETRIES {
+            return Some(Outcome::Error(IoErrorKind::Io));
+        }
+        let queue = usize::from(state.queue);
+        self.out[queue].push_back(id);
+        None
+    }
+
+    pub(crate) fn finish_op(&mut self, id: OpId, result: Result<(), IoErrorKind>) {
+        let owner = self.ops.get(id).owner;
+        if let Owner::Load(which, slot) = owner {
+            self.finish_page_load(id, which, slot, result);
+        }
+        let state = self.ops.remove(id);
+        match owner {
+            Owner::Request(request) => self.finish_payload(request, result),
+            Owner::NewTable(index) => self.finish_new_table(index, result),
+            Owner::Load(..) => {}
+            Owner::Extend { least } => self.finish_extend(state.kind, least, result),
+            Owner::FirstSync => match result {
+                Ok(()) => {
+                    self.life = if self.life == Life::Opening { Life::Serving } else { self.life }
+                }
+                Err(_) => self.fail(FailureKind::Sync, 0),
+            },
+            Owner::Truncate => {}
+            Owner::Page(..)
+            | Owner::Top
+            | Owner::Grown
+            | Owner::Header
+            | Owner::Sync
+            | Owner::ExtendGrown => self.finish_round_op(&state, result),
+        }
+        if state.staging.is_some() {
+            self.wake(|wait| wait == Wait::Staging);
+        }
+        self.wake(|wait| wait == Wait::OpSlot);
+    }
+
+    fn finish_payload(&mut self, id: RequestId, result: Result<(), IoErrorKind>) {
+        let state = &mut self.requests[id];
+        state.pending -= 1;
+        if let Err(kind) = result {
+            state.error.get_or_insert(kind);
+        }
+        if state.pending == 0 {
+            self.set_wait(id, Wait::Nothing);
+            self.ready.push_back(id);
+        }
+    }
+}

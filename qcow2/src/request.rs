@@ -1,0 +1,120 @@
+//! The state of guest requests. A request's place in the table is queue × depth + tag, so there is
+//! nothing to allocate and nothing to look up.
+
+use crate::error::IoErrorKind;
+use crate::op::Request;
+use crate::units::{GuestCluster, HostCluster};
+
+/// Runs of new clusters that one request may have under way at the same time. More of them wait:
+/// a 512 KiB write has more than eight runs only where the free space is in crumbs.
+pub(crate) const MAX_SEGMENTS: usize = 8;
+
+/// Place of a request in the table.
+pub(crate) type RequestId = usize;
+
+/// Which cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    L2,
+    Refcounts,
+}
+
+/// What a request waits for. Waking one too early is harmless: it looks again and waits again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Nothing: it is in the ready queue or was not looked at yet.
+    Nothing,
+    /// Its own operations.
+    Ops,
+    /// A page to be loaded.
+    Page(Which, u64),
+    /// A clean slot in a cache.
+    Slot(Which),
+    /// A place in the table of operations.
+    OpSlot,
+    /// A staging buffer.
+    Staging,
+    /// Somebody else's allocation for this guest cluster.
+    Cluster(GuestCluster),
+    /// A new L2 table for this L1 entry being zeroed.
+    Table(u64),
+    /// The file being extended.
+    Extend,
+    /// The end of the round: mappings may not change before.
+    Round,
+    /// A longer refcount table.
+    Grow,
+    /// The end of the next round, which makes all durable that is complete now.
+    NextFlush,
+    /// The end of this round.
+    ThisFlush,
+}
+
+/// Why a step could not be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    Wait(Wait),
+    Fail(IoErrorKind),
+}
+
+/// The result of a step.
+pub(crate) type Step<T> = Result<T, Stop>;
+
+/// Host clusters that a write is filling and that no L2 entry shows as data yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    pub(crate) guest: GuestCluster,
+    pub(crate) host: HostCluster,
+    pub(crate) count: u64,
+    /// Allocated for this write (and freed if that fails), not kept by a zero cluster before.
+    pub(crate) allocated: bool,
+}
+
+/// One guest request.
+#[derive(Clone, Debug)]
+pub(crate) struct RequestState {
+    pub(crate) request: Option<Request>,
+    /// Bytes for which operations were issued.
+    pub(crate) pos: u32,
+    /// Operations under way.
+    pub(crate) pending: u32,
+    pub(crate) wait: Wait,
+    pub(crate) error: Option<IoErrorKind>,
+    pub(crate) segments: [Option<Segment>; MAX_SEGMENTS],
+    pub(crate) segment_count: usize,
+}
+
+impl RequestState {
+    pub(crate) const IDLE: Self = Self {
+        request: None,
+        pos: 0,
+        pending: 0,
+        wait: Wait::Nothing,
+        error: None,
+        segments: [None; MAX_SEGMENTS],
+        segment_count: 0,
+    };
+
+    pub(crate) fn push_segment(&mut self, segment: Segment) {
+        self.segments[self.segment_count] = Some(segment);
+        self.segment_count += 1;
+    }
+
+    /// The segments that are still to be committed.
+    pub(crate) fn segments(&self) -> impl Iterator<Item = &Segment> {
+        self.segments[..self.segment_count].iter().flatten()
+    }
+
+    pub(crate) fn range(&self) -> (u64, u32) {
+        match self.request {
+            Some(Request::Read { offset, len } | Request::Write { offset, len, .. }) => {
+                (offset, len)
+            }
+            Some(Request::Flush) | None => (0, 0),
+        }
+    }
+
+    pub(crate) fn is_read(&self) -> bool {
+        matches!(self.request, Some(Request::Read { .. }))
+    }
+}
