@@ -60,6 +60,7 @@
 
 #![no_std]
 #![forbid(unsafe_code)]
+#![expect(rustdoc::private_intra_doc_links, reason = "the tour is for those who build it, too")]
 
 extern crate alloc;
 

@@ -92,7 +92,7 @@ fn fields_outside_their_bounds_are_refused() {
         |b| BigEndian::write_u32(&mut b[36..], 1),
         |b| BigEndian::write_u32(&mut b[36..], u32::MAX),
         |b| BigEndian::write_u64(&mut b[40..], LEN),
-        |b| BigEndian::write_u64(&mut b[48..], u64::MAX & !0xffff),
+        |b| BigEndian::write_u64(&mut b[48..], !0xffff),
         |b| BigEndian::write_u32(&mut b[56..], 0),
         |b| BigEndian::write_u32(&mut b[116..], u32::MAX),
     ];
