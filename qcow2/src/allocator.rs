@@ -5,9 +5,9 @@
 //! 0 inside the old file; a cursor looks for them one refcount page at a time, and never makes
 //! a request wait: a page that is not in the cache is sent for while a fresh cluster is used.
 //!
-//! A refcount rises here, in memory; it becomes durable in the round that makes the mapping durable,
-//! before it (see [`flush`](crate::flush)). A cluster counts as free only if its refcount is 0
-//! *and* no table of the image lies there.
+//! A refcount rises here, in memory; it becomes durable in the round that makes the mapping
+//! durable, before it (see [`flush`](crate::flush)). A cluster counts as free only if its refcount
+//! is 0 *and* no table of the image lies there.
 
 use alloc::vec::Vec;
 
@@ -47,6 +47,8 @@ pub(crate) struct Allocator {
     scan: u64,
     scan_end: u64,
     extending: bool,
+    /// The file could not be extended: look at every refcount before giving up.
+    full: bool,
     /// Clusters whose refcount is to be lowered to 0 as soon as its page is there.
     frees: Vec<u64>,
     /// The refcount table is too short for `next_fresh`.
@@ -57,7 +59,8 @@ impl Allocator {
     /// For a file that ends within or before cluster `end`.
     pub(crate) fn new(end: u64) -> Self {
         let frees = Vec::new();
-        Self { next_fresh: end, scan: 1, scan_end: end, extending: false, frees, must_grow: false }
+        let (extending, full, must_grow) = (false, false, false);
+        Self { next_fresh: end, scan: 1, scan_end: end, extending, full, frees, must_grow }
     }
 
     /// Where the file may be cut off when it is closed, in bytes.
@@ -111,20 +114,23 @@ impl Engine {
 
     /// Allocates up to `want` adjacent clusters: their refcounts are 1 from now on.
     pub(crate) fn allocate(&mut self, want: u64) -> Step<Allocated> {
-        if let Some(found) = self.recycle(want) {
+        if let Some(found) = self.recycle(want)? {
             return Ok(found);
         }
+        // Nothing is left inside the file: the next write tries to extend it again.
+        self.allocator.full &= self.allocator.scan < self.allocator.scan_end;
         self.allocate_fresh(want)
     }
 
-    /// Looks for free clusters inside the old file, but waits for nothing.
-    fn recycle(&mut self, want: u64) -> Option<Allocated> {
+    /// Looks for free clusters inside the old file. Waits for a page of refcounts only if the file
+    /// could not be extended.
+    fn recycle(&mut self, want: u64) -> Step<Option<Allocated>> {
         let per_page = 1_u64 << self.geometry().refcount_page_bits();
-        // Two pages at the most: the rest of this one and the next.
-        for _ in 0..2 {
+        // Two pages at the most: the rest of this one and the next. All, if that is the only way.
+        for _ in 0..if self.allocator.full { u64::MAX } else { 2 } {
             let start = self.allocator.scan;
             if start >= self.allocator.scan_end {
-                return None;
+                return Ok(None);
             }
             let page_end = ((start / per_page) + 1) * per_page;
             let end = page_end.min(self.allocator.scan_end);
@@ -132,18 +138,11 @@ impl Engine {
                 self.allocator.scan = end;
                 continue;
             };
-            let slot = match self.refcount_cache.lookup(page) {
-                Lookup::Hit(slot) => slot,
-                Lookup::Loading => return None,
-                Lookup::Absent => {
-                    let _ = self.load(Which::Refcounts, page);
-                    return None;
-                }
+            let slot = match self.refcount_page(page) {
+                Ok(slot) => slot,
+                Err(stop) if self.allocator.full => return Err(stop),
+                Err(_) => return Ok(None),
             };
-            if !self.refcount_cache.may_dirty(slot) {
-                self.round.wanted = true;
-                return None;
-            }
             let free = |engine: &Self, cluster: u64| {
                 let index = first + usize::try_from(cluster - start).expect("within a page");
                 engine.refcount_cache.refcount(slot, index) == 0
@@ -153,15 +152,14 @@ impl Engine {
                 self.allocator.scan = end;
                 continue;
             };
-            let last =
-                (at..end.min(at + want)).take_while(|&cluster| free(self, cluster)).last()?;
-            let count = last - at + 1;
+            let most = end.min(at + want);
+            let count = (at..most).take_while(|&cluster| free(self, cluster)).count() as u64;
             self.raise(slot, first + usize::try_from(at - start).expect("within a page"), count);
             self.allocator.scan = at + count;
             let at = HostCluster::new(at).expect("the scan begins behind the header");
-            return Some(Allocated { at, count, space: Space::Stale });
+            return Ok(Some(Allocated { at, count, space: Space::Stale }));
         }
-        None
+        Ok(None)
     }
 
     fn allocate_fresh(&mut self, want: u64) -> Step<Allocated> {
@@ -262,12 +260,16 @@ impl Engine {
                 let to = (self.allocator.next_fresh + 1) << self.geometry().cluster_bits();
                 self.emit_extend(to, true);
             }
+            Err(_) if self.allocator.scan < self.allocator.scan_end => {
+                self.allocator.full = true;
+                self.wake(|wait| wait == Wait::Extend);
+            }
             Err(kind) => self.wake_failing(kind, |wait| wait == Wait::Extend),
         }
     }
 
-    /// A refcount block for the range that `cluster` lies in, at `cluster` itself: it counts itself.
-    /// The space is fresh, so all of the block but that one entry is zeros on disk already.
+    /// A refcount block for the range that `cluster` lies in, at `cluster` itself: it counts
+    /// itself. The space is fresh, so all of the block but that one entry is zeros on disk already.
     fn new_refcount_block(&mut self, cluster: u64) -> Step<()> {
         if self.round.holds() {
             // The table page must not name a block that this round does not make durable.

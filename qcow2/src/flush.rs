@@ -15,16 +15,16 @@
 //! - The bytes are on disk before the L2 entry that leads to them: no entry shows what was in the
 //!   cluster before.
 //!
-//! A group that has nothing to write is left out, and so is an fdatasync when no write has completed
-//! since the last one was *submitted*. What completes while one is in flight is not covered by it.
-//! A FLUSH of an image in which nothing was allocated thus costs one fdatasync, and one that
-//! allocated costs two.
+//! A group that has nothing to write is left out, and so is an fdatasync when no write has
+//! completed since the last one was *submitted*. What completes while one is in flight is not
+//! covered by it. A FLUSH of an image in which nothing was allocated thus costs one fdatasync, and
+//! one that allocated costs two.
 //!
 //! **While a round runs, mappings stand still** ([`Round::holds`]): a write that has filled a new
 //! cluster waits to put it into its L2 page until the round ends, and so do new L2 tables and
 //! refcount blocks. Otherwise the third group could contain an entry whose refcount the first group
-//! did not. Reads, writes in place, and the filling of new clusters go on. Refcounts may rise at any
-//! time, since too high is harmless.
+//! did not. Reads, writes in place, and the filling of new clusters go on. Refcounts may rise at
+//! any time, since too high is harmless.
 //!
 //! A FLUSH or FUA write that arrives during a round waits for the next; all that wait share one.
 //!

@@ -25,7 +25,8 @@ impl Image {
     ///
     /// # Errors
     /// An entry with reserved bits set, unaligned, outside the file, or pointing to where other
-    /// metadata lies; an L1 entry without COPIED (there are no snapshots, so its refcount is wrong).
+    /// metadata lies; an L1 entry without COPIED (there are no snapshots, so its refcount is
+    /// wrong).
     pub fn new(
         header: Header,
         l1: &[u8],

@@ -1,9 +1,9 @@
 //! A sans-I/O engine for the qcow2 image format.
 //!
-//! The engine is one plain value, [`Engine`]. Requests and completions go in, operations and replies
-//! come out; the bytes of guest data never do. The server moves bytes with io_uring, the tests play
-//! the disk, and both drive the very same code, so every order of completions and every crash can
-//! be tried without a kernel.
+//! The engine is one plain value, [`Engine`]. Requests and completions go in, operations and
+//! replies come out; the bytes of guest data never do. The server moves bytes with io_uring, the
+//! tests play the disk, and both drive the very same code, so every order of completions and every
+//! crash can be tried without a kernel.
 //!
 //! # The life of a request
 //!
@@ -27,9 +27,9 @@
 //! # The order on disk
 //!
 //! Metadata changes in memory and reaches the disk in rounds, in an order that leaves an image with
-//! leaked clusters at the worst, whatever a power cut or a killed process keeps: data and refcounts,
-//! then the refcount table, then L2, then L1, with an fdatasync between each. The argument is at the
-//! head of [`flush`].
+//! leaked clusters at the worst, whatever a power cut or a killed process keeps: data and
+//! refcounts, then the refcount table, then L2, then L1, with an fdatasync between each. The
+//! argument is at the head of [`flush`].
 //!
 //! # What always holds
 //!

@@ -1,8 +1,8 @@
 //! Writes: in place, into a cluster that a zero cluster kept, or into a new one.
 //!
-//! A write of new clusters goes: secure the L2 table, allocate (refcounts rise in memory), write the
-//! payload and zeros around it, and only when all of that has completed put the mapping into the
-//! L2 page. Until then readers see the old state, and if anything fails the old state stays.
+//! A write of new clusters goes: secure the L2 table, allocate (refcounts rise in memory), write
+//! the payload and zeros around it, and only when all of that has completed put the mapping into
+//! the L2 page. Until then readers see the old state, and if anything fails the old state stays.
 //!
 //! While a write fills a guest cluster that was not data before, the cluster belongs to it: other
 //! writes to the same cluster wait, and then find it allocated. A request takes clusters in

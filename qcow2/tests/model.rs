@@ -418,3 +418,51 @@ fn a_power_cut_leaves_leaks_at_most_and_what_was_flushed() {
         }
     }
 }
+
+#[test]
+fn free_clusters_inside_the_file_serve_when_it_cannot_grow() {
+    let dir = scratch("full");
+    for seed in 0..4 {
+        println!("replay: full seed={seed}");
+        let path = dir.join(format!("{seed}.qcow2"));
+        let size = 1 << 20;
+        let mut image = create(&path, "cluster_size=512", size);
+        // Free space inside the file, full of somebody's old bytes; and no room behind it.
+        image.resize(image.len().next_multiple_of(512), 0);
+        image.resize(image.len() + (100 << 10), 0x5a);
+        let mut run = Run::new(seed, image, vec![0; usize::try_from(size).unwrap()], &small());
+        run.world.full = true;
+        for step in 0..60 {
+            let tag = run.busy.iter().position(Option::is_none).unwrap();
+            run.write(tag, (step * 7 % 60) * 1024, 1024, false);
+            if step % 4 == 3 {
+                while !run.world.in_flight.is_empty() {
+                    let index = run.prng.index(run.world.in_flight.len());
+                    run.world.complete(index);
+                }
+                run.take_replies();
+            }
+        }
+        run.world.settle();
+        run.take_replies();
+        // Now it is full in truth, and says so.
+        let mut refused = 0;
+        for step in 0..200 {
+            run.world.submit(0, write(512 << 10, step), vec![1; 512]);
+            run.world.settle();
+            for reply in std::mem::take(&mut run.world.replies) {
+                refused += u64::from(reply.result == Err(IoErrorKind::NoSpace));
+            }
+        }
+        assert!(refused > 50, "{refused}");
+        let (disk, health) = run.world.close();
+        assert_eq!(health, Health::Good);
+        std::fs::write(&path, disk.bytes()).unwrap();
+        let (ok, text) = qemu_img(&["check", "-f", "qcow2", path.to_str().unwrap()]);
+        assert!(ok, "{text}");
+    }
+}
+
+fn write(base: u64, step: u64) -> Request {
+    Request::Write { offset: base + step * 1024, len: 512, fua: false }
+}

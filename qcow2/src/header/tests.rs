@@ -1,3 +1,5 @@
+//! The header parser against headers with one thing changed at a time.
+
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;

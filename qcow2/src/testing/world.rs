@@ -24,6 +24,8 @@ pub struct World {
     pub buffers: Vec<Vec<u8>>,
     /// Answers that nobody has looked at yet.
     pub replies: Vec<Reply>,
+    /// The host has no room for a longer file.
+    pub full: bool,
 }
 
 impl World {
@@ -44,7 +46,8 @@ impl World {
         let image = Image::new(header, l1, refcounts, disk.len())?;
         let engine = Engine::new(image, options)?;
         let buffers = vec![Vec::new(); options.depth.into()];
-        let mut world = Self { engine, disk, in_flight: Vec::new(), buffers, replies: Vec::new() };
+        let (in_flight, replies) = (Vec::new(), Vec::new());
+        let mut world = Self { engine, disk, in_flight, buffers, replies, full: false };
         world.pump();
         Ok(world)
     }
@@ -144,6 +147,7 @@ impl World {
                 self.disk.complete_sync(op.id);
                 Outcome::Done
             }
+            OpKind::Extend { .. } if self.full => Outcome::Error(IoErrorKind::NoSpace),
             OpKind::Extend { to, .. } => {
                 self.disk.extend(to);
                 Outcome::Done
