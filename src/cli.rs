@@ -1,0 +1,175 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Serves a qcow2 image as a block device /dev/ublkbN.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "\
+Examples:
+  ublk-qcow2 add -f vm.qcow2            prints /dev/ublkb0
+  ublk-qcow2 add -f vm.qcow2 --read-only -n 7
+  ublk-qcow2 list --json
+  ublk-qcow2 del -n 0
+
+Needs root, and the ublk driver (`modprobe ublk_drv`; Linux 6.5 or later)."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a block device of an image; prints its path when it is usable.
+    Add(AddArgs),
+    /// Stop devices: wait for their I/O, flush and close their images, remove them.
+    #[command(after_help = "\
+A device that is open or mounted is refused unless --force is given. Linux 7.0 and later test that
+and stop the device in one step. Before, this program looks for openers first (in /proc, and with an
+exclusive open): something that opens the device in the moment between is not seen.
+
+Returns when the image is closed and its locks are released. Waits 15 s for a device that makes no
+progress, and at most 60 s.")]
+    Del(DelArgs),
+    /// Show ublk devices, also those of other servers.
+    List(ListArgs),
+    /// Show what the kernel's ublk driver can do, and what of it is used.
+    Features,
+}
+
+/// `add`
+#[derive(Args, Debug)]
+pub struct AddArgs {
+    /// The qcow2 image: a file or a block device.
+    #[arg(short = 'f', long = "file", value_name = "IMAGE")]
+    pub file: PathBuf,
+
+    /// Device number N of /dev/ublkbN; the first free one if left out.
+    #[arg(short = 'n', long = "number", value_name = "ID",
+          value_parser = clap::value_parser!(u32).range(0..1 << 20))]
+    pub number: Option<u32>,
+
+    /// Number of queues.
+    #[arg(short = 'q', long = "queues", value_name = "N", default_value_t = 1)]
+    pub queues: u16,
+
+    /// Requests per queue that can be under way at the same time; each has a buffer of 512 KiB of
+    /// address space.
+    #[arg(short = 'd', long = "depth", value_name = "DEPTH", default_value_t = 128,
+          value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub depth: u16,
+
+    /// Serve the image for reading only. Nothing is written to it.
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device.
+    #[arg(long)]
+    pub foreground: bool,
+
+    /// Logical block size of the device in bytes: 512 or 4096.
+    #[arg(long, value_name = "BYTES", default_value_t = 512, value_parser = block_size)]
+    pub block_size: u32,
+
+    /// Insist on direct I/O (O_DIRECT) on the image. It is the default where it is possible.
+    #[arg(long, conflicts_with = "buffered")]
+    pub direct: bool,
+
+    /// Use the page cache for the image.
+    #[arg(long)]
+    pub buffered: bool,
+
+    /// Memory for L2 tables, as 8M or 512K; by default enough for the whole image, at most 32M.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub l2_cache: Option<u64>,
+
+    /// Memory for refcount blocks.
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = size)]
+    pub refcount_cache: u64,
+
+    /// For tests: caches so small that every wait is waited.
+    #[arg(long, hide = true)]
+    pub stress: bool,
+}
+
+/// `del`
+#[derive(Args, Debug)]
+pub struct DelArgs {
+    /// The device number N of /dev/ublkbN.
+    #[arg(
+        short = 'n',
+        long = "number",
+        value_name = "ID",
+        required_unless_present = "all",
+        conflicts_with = "all"
+    )]
+    pub number: Option<u32>,
+
+    /// All devices of ublk-qcow2.
+    #[arg(short = 'a', long)]
+    pub all: bool,
+
+    /// Also a device that is open or mounted: its users get I/O errors from then on. What they had
+    /// written is flushed to the image.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `list`
+#[derive(Args, Debug)]
+pub struct ListArgs {
+    /// Only this device.
+    #[arg(short = 'n', long = "number", value_name = "ID")]
+    pub number: Option<u32>,
+
+    /// As a JSON array, with live counters.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" | "4K" | "4k" => Ok(4096),
+        _ => Err("expected 512 or 4096".to_string()),
+    }
+}
+
+/// Bytes, with K, M or G for powers of 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let error = || "expected a number of bytes, or one with K, M or G".to_string();
+    let digits = text.trim_end_matches(|unit: char| unit.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => 0,
+        "K" | "KIB" => 10,
+        "M" | "MIB" => 20,
+        "G" | "GIB" => 30,
+        _ => return Err(error()),
+    };
+    let number: u64 = digits.parse().map_err(|_| error())?;
+    number.checked_mul(1 << shift).ok_or_else(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!(size("512"), Ok(512));
+        assert_eq!(size("8M"), Ok(8 << 20));
+        assert_eq!(size("1kib"), Ok(1024));
+        assert!(size("").is_err() && size("1T").is_err() && size("99999999999G").is_err());
+    }
+}

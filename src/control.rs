@@ -1,0 +1,213 @@
+//! `/dev/ublk-control`: one typed function per control command.
+//!
+//! Commands are io_uring commands on the control device, sent one at a time. Each has a limit: a
+//! command that the kernel does not finish in time is abandoned together with its ring and its
+//! memory (which stay as they are, since the kernel may still touch them), and the caller gets an
+//! error. Nothing here can hang.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use bytemuck::Pod;
+
+use crate::buffer::{Area, PAGE};
+use crate::errno;
+use crate::ring::ControlRing;
+use crate::ublk::{self, Command, CtrlCmd, DevInfo, Params};
+
+const PATH: &str = "/dev/ublk-control";
+
+/// The limit of every command that does not wait for guest I/O.
+pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// A control command that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ControlError {
+    command: &'static str,
+    /// The positive error number; ETIME for a command that exceeded its limit.
+    pub errno: i32,
+    limit: Duration,
+}
+
+impl fmt::Display for ControlError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.errno == libc::ETIME {
+            let seconds = self.limit.as_secs();
+            return write!(f, "ublk command {} did not end within {seconds} s", self.command);
+        }
+        write!(f, "ublk command {}: {}", self.command, errno::describe(self.errno))
+    }
+}
+
+impl std::error::Error for ControlError {}
+
+/// The open control device.
+pub struct Control {
+    file: File,
+    ring: ControlRing,
+    scratch: Area,
+}
+
+impl Control {
+    /// Opens the control device, or says what is missing.
+    pub fn open() -> Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(PATH).map_err(explain)?;
+        let ring = ControlRing::new().map_err(|error| match error.raw_os_error() {
+            Some(libc::EPERM) => {
+                anyhow!("io_uring is switched off; set the sysctl kernel.io_uring_disabled to 0")
+            }
+            _ => anyhow!("cannot make an io_uring: {error}"),
+        })?;
+        let scratch = Area::new(PAGE).context("memory for ublk commands")?;
+        Ok(Self { file, ring, scratch })
+    }
+
+    /// The driver's feature flags.
+    pub fn features(&mut self) -> Result<u64> {
+        match self.receive(ublk::GET_FEATURES, u32::MAX, 0u64) {
+            Ok(features) if features & ublk::F_CMD_IOCTL_ENCODE != 0 => Ok(features),
+            Ok(_) => {
+                Err(anyhow!("the kernel's ublk driver is too old; Linux 6.5 or later is needed"))
+            }
+            Err(error) if is_unknown(error.errno) => Err(anyhow!(
+                "the kernel's ublk driver is too old ({error}); Linux 6.5 or later is needed"
+            )),
+            Err(error) if error.errno == libc::EPERM => Err(not_root()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Makes the character device; returns what the driver made of `info`.
+    pub fn add(&mut self, info: &DevInfo) -> Result<DevInfo, ControlError> {
+        self.exchange(ublk::ADD_DEV, info.dev_id, *info)
+    }
+
+    /// What the driver knows of a device; ENODEV if there is none.
+    pub fn info(&mut self, id: u32) -> Result<DevInfo, ControlError> {
+        self.receive(ublk::GET_DEV_INFO, id, DevInfo::default())
+    }
+
+    /// Sets the parameters of a device that was not started yet.
+    pub fn set_params(&mut self, id: u32, params: Params) -> Result<(), ControlError> {
+        self.exchange(ublk::SET_PARAMS, id, params).map(drop)
+    }
+
+    /// The parameters of a device.
+    pub fn params(&mut self, id: u32) -> Result<Params, ControlError> {
+        let len = u32::try_from(size_of::<Params>()).unwrap_or(0);
+        self.exchange(ublk::GET_PARAMS, id, Params { len, ..Params::default() })
+    }
+
+    /// Makes the block device. Every tag has to be fetched, or about to be.
+    pub fn start(&mut self, id: u32, pid: u32) -> Result<(), ControlError> {
+        self.plain(ublk::START_DEV, id, u64::from(pid), LIMIT)
+    }
+
+    /// Stops the device, also one that is open, after its requests have ended.
+    pub fn stop(&mut self, id: u32, limit: Duration) -> Result<(), ControlError> {
+        self.plain(ublk::STOP_DEV, id, 0, limit)
+    }
+
+    /// Stops the device unless it is open (EBUSY).
+    pub fn try_stop(&mut self, id: u32, limit: Duration) -> Result<(), ControlError> {
+        self.plain(ublk::TRY_STOP_DEV, id, 0, limit)
+    }
+
+    /// Deletes a device and waits until its number is free.
+    pub fn delete(&mut self, id: u32) -> Result<(), ControlError> {
+        self.plain(ublk::DEL_DEV, id, 0, LIMIT)
+    }
+
+    /// Deletes a device; its number is free once nothing has it open.
+    pub fn delete_soon(&mut self, id: u32) -> Result<(), ControlError> {
+        match self.plain(ublk::DEL_DEV_ASYNC, id, 0, LIMIT) {
+            Err(error) if is_unknown(error.errno) => self.delete(id),
+            result => result,
+        }
+    }
+
+    fn plain(
+        &mut self,
+        command: Command,
+        id: u32,
+        data: u64,
+        limit: Duration,
+    ) -> Result<(), ControlError> {
+        self.send(command, id, data, 0, limit)
+    }
+
+    /// Sends nothing and gets a value.
+    fn receive<T: Pod>(&mut self, command: Command, id: u32, empty: T) -> Result<T, ControlError> {
+        self.exchange(command, id, empty)
+    }
+
+    /// Sends a value, and gets what the driver made of it.
+    fn exchange<T: Pod>(&mut self, command: Command, id: u32, value: T) -> Result<T, ControlError> {
+        let len = u16::try_from(size_of::<T>()).expect("structures of the interface are small");
+        self.scratch.copy_in(0, bytemuck::bytes_of(&value));
+        self.send(command, id, 0, len, LIMIT)?;
+        Ok(self.scratch.read(0))
+    }
+
+    fn send(
+        &mut self,
+        command: Command,
+        id: u32,
+        data: u64,
+        len: u16,
+        limit: Duration,
+    ) -> Result<(), ControlError> {
+        let addr = match len {
+            0 => 0,
+            _ => self.scratch.piece(0, u32::from(len)).address() as u64,
+        };
+        let payload =
+            CtrlCmd { dev_id: id, queue_id: u16::MAX, len, addr, data, ..CtrlCmd::default() };
+        let failed = |errno| ControlError { command: command.name, errno, limit };
+        let result = self.ring.command(self.file.as_raw_fd(), command.code, &payload, limit);
+        match result {
+            Ok(code) if code < 0 => Err(failed(-code)),
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                self.abandon();
+                Err(failed(errno))
+            }
+        }
+    }
+
+    /// Leaves the ring and the memory to a command that is still under way, and takes fresh ones.
+    fn abandon(&mut self) {
+        if let (Ok(ring), Ok(scratch)) = (ControlRing::new(), Area::new(PAGE)) {
+            let old = std::mem::replace(&mut self.ring, ring);
+            // Closing it could wait for the command.
+            std::mem::forget(old);
+            self.scratch = scratch;
+        }
+    }
+}
+
+/// Whether the driver says that it does not know a command.
+fn is_unknown(errno: i32) -> bool {
+    const ENOTSUPP: i32 = 524;
+    matches!(errno, libc::EOPNOTSUPP | libc::EINVAL | ENOTSUPP)
+}
+
+fn not_root() -> anyhow::Error {
+    anyhow!("not permitted to use {PATH}; run as root")
+}
+
+fn explain(error: io::Error) -> anyhow::Error {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => anyhow!(
+            "there is no {PATH}; load the module with `modprobe ublk_drv` (the kernel has to be \
+             Linux 6.5 or later, built with CONFIG_BLK_DEV_UBLK)"
+        ),
+        Some(libc::EACCES | libc::EPERM) => not_root(),
+        _ => anyhow!("cannot open {PATH}: {error}"),
+    }
+}

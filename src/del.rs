@@ -1,0 +1,290 @@
+//! `del`: ends devices, and waits until their images are closed.
+//!
+//! A living daemon of ours closes its image by itself as soon as its device stops, whoever stopped
+//! it. So `del` stops the device (through the driver where that can refuse an open device, else by
+//! SIGTERM to the daemon), waits for the daemon's end, and then looks at what it left behind.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::unistd::Pid;
+
+use crate::busy;
+use crate::cli::DelArgs;
+use crate::control::{Control, ControlError};
+use crate::device;
+use crate::state::State;
+use crate::sys::PidFd;
+use crate::ublk::{self, DevInfo};
+
+/// How long an opener may go on: udev opens devices for a moment after they appear or are written.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Gives up on a daemon that makes no progress for so long,
+const IDLE_LIMIT: Duration = Duration::from_secs(15);
+/// and on one that does after so long.
+const BUSY_LIMIT: Duration = Duration::from_secs(60);
+/// How long the driver may take to forget a device that was deleted.
+const GONE_LIMIT: Duration = Duration::from_secs(5);
+/// The same for one that was stopped by force: whoever has it open keeps its number.
+const FORCED_GONE_LIMIT: Duration = Duration::from_millis(500);
+
+/// Runs `del`.
+pub fn run(args: &DelArgs) -> Result<()> {
+    let mut control = Control::open()?;
+    let features = control.features()?;
+    if let Some(id) = args.number {
+        return delete(&mut control, features, id, args.force);
+    }
+    let mut failures = Vec::new();
+    for id in device::all()? {
+        if is_ours(&mut control, id)
+            && let Err(error) = delete(&mut control, features, id, args.force)
+        {
+            failures.push(format!("{error:#}"));
+        }
+    }
+    if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
+}
+
+fn is_ours(control: &mut Control, id: u32) -> bool {
+    match control.info(id) {
+        Ok(info) => device::marked_pid(&info).is_some(),
+        Err(_) => false,
+    }
+}
+
+fn delete(control: &mut Control, features: u64, id: u32, force: bool) -> Result<()> {
+    let info = control.info(id).map_err(|error| match error.errno {
+        libc::ENODEV => anyhow!("there is no ublk device {id}; `ublk-qcow2 list` shows all"),
+        _ => anyhow!(error).context(format!("device {id}")),
+    })?;
+    match Daemon::of(id, &info) {
+        Some(daemon) => {
+            // A device that is only just being started has no disk yet that could be open.
+            let starting = info.state == ublk::STATE_DEAD && State::load(id).is_none();
+            daemon.stop(control, features, force || starting)?;
+            daemon.wait()?;
+            verdict(id, daemon.pid)?;
+        }
+        None => refuse_others(id, &info)?,
+    }
+    remove(control, id, force)
+}
+
+/// Fails for a device whose living server is another program.
+fn refuse_others(id: u32, info: &DevInfo) -> Result<()> {
+    let alive = info.ublksrv_pid > 0 && process_name(info.ublksrv_pid).is_some();
+    if info.state != ublk::STATE_DEAD && alive && device::marked_pid(info).is_none() {
+        let name = process_name(info.ublksrv_pid).unwrap_or_default();
+        bail!(
+            "device {id} is served by {name} (process {}), not by ublk-qcow2; stop it with its \
+             own tool",
+            info.ublksrv_pid
+        );
+    }
+    Ok(())
+}
+
+/// What the daemon left behind says how its end was.
+fn verdict(id: u32, pid: i32) -> Result<()> {
+    let Some(state) = State::load(id) else { return Ok(()) };
+    if i64::from(state.pid) != i64::from(pid) {
+        return Ok(());
+    }
+    State::remove(id);
+    match state.close_error {
+        Some(text) => bail!(
+            "device {id} was removed, but its image {} was not closed cleanly: {text}; run \
+             `qemu-img check` on it",
+            state.image_path
+        ),
+        None => bail!(
+            "the server of device {id} died before it had closed the image {}; `qemu-img check` \
+             may find leaked clusters",
+            state.image_path
+        ),
+    }
+}
+
+/// Deletes what is left of the device, once nobody serves it.
+fn remove(control: &mut Control, id: u32, force: bool) -> Result<()> {
+    let deadline = Instant::now() + if force { FORCED_GONE_LIMIT } else { GONE_LIMIT };
+    // A daemon that ended well has deleted its device already; one that died has not.
+    match control.info(id) {
+        Err(error) if error.errno == libc::ENODEV => {
+            State::remove(id);
+            return Ok(());
+        }
+        Ok(info) if Daemon::of(id, &info).is_some() => return Ok(()),
+        _ => {}
+    }
+    match control.delete_soon(id) {
+        Ok(()) => {}
+        Err(error) if error.errno == libc::ENODEV => {}
+        Err(error) => return Err(still_used(id, error)),
+    }
+    State::remove(id);
+    loop {
+        match control.info(id) {
+            Err(error) if error.errno == libc::ENODEV => return Ok(()),
+            _ if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            _ if force => {
+                let users = busy::phrase(&busy::users(id));
+                eprintln!(
+                    "ublk-qcow2: device {id} is stopped; its number is free when nothing has it \
+                     open any more ({users})"
+                );
+                return Ok(());
+            }
+            Ok(_) => {
+                let users = busy::phrase(&busy::users(id));
+                bail!("device {id} is stopped, but not gone: it is {users}; close or unmount it")
+            }
+            Err(error) => return Err(still_used(id, error)),
+        }
+    }
+}
+
+fn still_used(id: u32, error: ControlError) -> anyhow::Error {
+    let users = busy::phrase(&busy::users(id));
+    anyhow!(error).context(format!("device {id} is stopped, but cannot be removed ({users})"))
+}
+
+/// A living server process of ours.
+struct Daemon {
+    id: u32,
+    pid: i32,
+    handle: PidFd,
+}
+
+impl Daemon {
+    /// The daemon of a device, if it is alive and ours. (The driver's own record of the server is
+    /// gone as soon as the device has stopped, while the daemon still closes the image.)
+    fn of(id: u32, info: &DevInfo) -> Option<Self> {
+        let pid = device::marked_pid(info)?;
+        // Opened before the name is looked at: from here on the number cannot become another's.
+        let handle = PidFd::open(Pid::from_raw(pid)).ok()?;
+        let ours = process_name(pid).is_some_and(|name| name == own_name());
+        ours.then_some(Self { id, pid, handle })
+    }
+
+    fn stop(&self, control: &mut Control, features: u64, force: bool) -> Result<()> {
+        if force {
+            return self.terminate();
+        }
+        let deadline = Instant::now() + PATIENCE;
+        if features & ublk::F_SAFE_STOP_DEV != 0 {
+            return self.stop_unless_open(control, deadline);
+        }
+        // Racy: somebody may open the device between this look and its end. While our exclusive
+        // open lasts, at least nobody can mount it.
+        let guard = self.exclusive(deadline)?;
+        self.terminate()?;
+        let limit = Instant::now() + BUSY_LIMIT;
+        while control.info(self.id).is_ok_and(|info| info.state == ublk::STATE_LIVE)
+            && Instant::now() < limit
+        {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        drop(guard);
+        Ok(())
+    }
+
+    fn stop_unless_open(&self, control: &mut Control, deadline: Instant) -> Result<()> {
+        loop {
+            match control.try_stop(self.id, BUSY_LIMIT) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.errno == libc::EBUSY && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                Err(error) if error.errno == libc::EBUSY => {
+                    return Err(self.refusal(&busy::users(self.id)));
+                }
+                // Stopped already: its daemon is about to end.
+                Err(error) if error.errno == libc::ENODEV => return Ok(()),
+                Err(error) => return Err(anyhow!(error).context(format!("device {}", self.id))),
+            }
+        }
+    }
+
+    fn exclusive(&self, deadline: Instant) -> Result<Option<fs::File>> {
+        loop {
+            let users = busy::users(self.id);
+            let refusal = match busy::open_exclusively(self.id) {
+                Ok(file) if users.is_empty() => return Ok(Some(file)),
+                // The disk is gone: the device was stopped already.
+                Err(error) if error.raw_os_error() != Some(libc::EBUSY) => return Ok(None),
+                _ => self.refusal(&users),
+            };
+            if Instant::now() >= deadline {
+                return Err(refusal);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn refusal(&self, users: &[String]) -> anyhow::Error {
+        anyhow!(
+            "/dev/ublkb{} is in use ({}); unmount or close it first, or give --force",
+            self.id,
+            busy::phrase(users)
+        )
+    }
+
+    fn terminate(&self) -> Result<()> {
+        match self.handle.terminate() {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
+                Err(error).with_context(|| format!("stopping the server (process {})", self.pid))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until the process has ended.
+    fn wait(&self) -> Result<()> {
+        let begin = Instant::now();
+        let (mut seen, mut progress) = (self.activity(), begin);
+        loop {
+            if self.handle.ended_within(Duration::from_millis(200)).context("poll")? {
+                return Ok(());
+            }
+            let now = self.activity();
+            if now != seen {
+                (seen, progress) = (now, Instant::now());
+            }
+            let (id, pid) = (self.id, self.pid);
+            if progress.elapsed() > IDLE_LIMIT {
+                let limit = IDLE_LIMIT.as_secs();
+                bail!(
+                    "device {id}: its server (process {pid}) made no progress for {limit} s; it \
+                     was left to go on closing the image"
+                );
+            }
+            if begin.elapsed() > BUSY_LIMIT {
+                let limit = BUSY_LIMIT.as_secs();
+                bail!(
+                    "device {id}: its server (process {pid}) is still busy after {limit} s; it \
+                     was left to go on closing the image"
+                );
+            }
+        }
+    }
+
+    /// Changes as long as requests or the daemon's own I/O make progress.
+    fn activity(&self) -> (String, String) {
+        let read = |path: String| fs::read_to_string(path).unwrap_or_default();
+        let (id, pid) = (self.id, self.pid);
+        (read(format!("/proc/{pid}/io")), read(format!("/sys/block/ublkb{id}/stat")))
+    }
+}
+
+fn process_name(pid: i32) -> Option<String> {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    Some(name.trim_end().to_string())
+}
+
+/// The name that the kernel shows for this program: a renamed copy serves and deletes its own.
+fn own_name() -> String {
+    i32::try_from(std::process::id()).ok().and_then(process_name).unwrap_or_default()
+}

@@ -1,0 +1,234 @@
+//! One ublk device from ADD_DEV to DEL_DEV.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use crate::control::Control;
+use crate::ublk::{self, DevInfo, ParamBasic, Params};
+
+/// Bytes of the largest request. A buffer of this size exists for each tag.
+const MAX_REQUEST: u32 = 512 << 10;
+
+/// How long udev or devtmpfs may take to make a device node.
+const NODE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What the device is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// The number in `/dev/ublkbN`; `None`: the first free one.
+    pub id: Option<u32>,
+    pub depth: u16,
+    /// Bytes of the virtual disk.
+    pub size: u64,
+    /// Bytes of a logical block: 512 or 4096.
+    pub block: u32,
+    /// log2 of the cluster size, the optimal size of requests.
+    pub cluster_bits: u32,
+    pub read_only: bool,
+}
+
+/// A device that was added. [`delete`](Self::delete) it in every case.
+#[derive(Clone, Copy, Debug)]
+pub struct Device {
+    pub info: DevInfo,
+    wanted: Wanted,
+}
+
+/// What a device of ours carries in the word that the driver keeps for servers: that it is ours,
+/// and its server's process number. It is there from ADD_DEV on, unlike the driver's own record of
+/// the server, so that a device can be found whose server died before it had started it.
+fn mark(pid: u32) -> u64 {
+    MARK << 32 | u64::from(pid)
+}
+
+/// The letters "qcow", where the mark of a device of ours begins.
+const MARK: u64 = 0x7163_6f77;
+
+/// The server's process number, if the device is ours.
+pub fn marked_pid(info: &DevInfo) -> Option<i32> {
+    let pid = i32::try_from(info.ublksrv_flags & u64::from(u32::MAX)).ok()?;
+    (info.ublksrv_flags >> 32 == MARK).then_some(pid)
+}
+
+/// The path of the block device.
+pub fn block_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{id}"))
+}
+
+fn char_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkc{id}"))
+}
+
+impl Device {
+    /// Adds the device; it has a character device and no parameters yet.
+    pub fn add(control: &mut Control, wanted: Wanted) -> Result<Self> {
+        let features = control.features()?;
+        let asked = DevInfo {
+            nr_hw_queues: 1,
+            queue_depth: wanted.depth,
+            max_io_buf_bytes: MAX_REQUEST,
+            dev_id: wanted.id.unwrap_or(u32::MAX),
+            flags: ublk::F_WANTED & features,
+            ublksrv_flags: mark(std::process::id()),
+            ..DevInfo::default()
+        };
+        let info =
+            control.add(&asked).map_err(|error| explain(error.errno, error.into(), wanted.id))?;
+        let device = Self { info, wanted };
+        // The driver masks flags that it does not know without a word.
+        if info.flags & asked.flags != asked.flags || info.nr_hw_queues != 1 {
+            device.delete(control);
+            bail!(
+                "the ublk driver changed what was asked for: flags {:#x} became {:#x}, 1 queue {}",
+                asked.flags,
+                info.flags,
+                info.nr_hw_queues
+            );
+        }
+        Ok(device)
+    }
+
+    /// The device's number.
+    pub fn id(&self) -> u32 {
+        self.info.dev_id
+    }
+
+    /// Bytes of the largest request.
+    pub fn max_request(&self) -> u32 {
+        self.info.max_io_buf_bytes.min(MAX_REQUEST)
+    }
+
+    /// Bytes of the block device: whole logical blocks.
+    pub fn size(&self) -> u64 {
+        self.wanted.size - self.wanted.size % u64::from(self.wanted.block)
+    }
+
+    /// Opens the character device, for the queue thread.
+    pub fn open_char(&self) -> Result<File> {
+        let path = char_path(self.id());
+        let open = || OpenOptions::new().read(true).write(true).open(&path);
+        until_there(open).with_context(|| format!("opening {}", path.display()))
+    }
+
+    /// Tells the driver size, block sizes and cache.
+    pub fn set_params(&self, control: &mut Control) -> Result<()> {
+        let max_sectors = self.max_request() / 512;
+        let shift = |bytes: u32| u8::try_from(bytes.trailing_zeros()).unwrap_or(12);
+        // A read-only disk has nothing to flush.
+        let attrs = match self.wanted.read_only {
+            true => ublk::ATTR_READ_ONLY,
+            false => ublk::ATTR_VOLATILE_CACHE | ublk::ATTR_FUA,
+        };
+        let basic = ParamBasic {
+            attrs,
+            logical_bs_shift: shift(self.wanted.block),
+            physical_bs_shift: 12,
+            // Not above the largest request, and not below the physical block.
+            io_opt_shift: shift((1u32 << self.wanted.cluster_bits).clamp(4096, self.max_request())),
+            io_min_shift: 12,
+            max_sectors,
+            chunk_sectors: 0,
+            dev_sectors: self.size() / ublk::SECTOR,
+            virt_boundary_mask: 0,
+        };
+        let len = u32::try_from(size_of::<Params>())?;
+        let params = Params { len, types: ublk::PARAM_BASIC, basic, ..Params::default() };
+        Ok(control.set_params(self.id(), params)?)
+    }
+
+    /// Starts the device and waits until its block device node can be opened.
+    pub fn start(&self, control: &mut Control) -> Result<PathBuf> {
+        control.start(self.id(), std::process::id())?;
+        let devt = control.params(self.id())?.devt;
+        let number = nix::sys::stat::makedev(devt.disk_major.into(), devt.disk_minor.into());
+        let path = block_path(self.id());
+        let open = || {
+            let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path)?;
+            let data = file.metadata()?;
+            // Right after an older device of the same number, the node may still be the old one.
+            match data.file_type().is_block_device() && data.rdev() == number {
+                true => Ok(()),
+                false => Err(io::Error::from_raw_os_error(libc::ENXIO)),
+            }
+        };
+        until_there(open).map_err(|error| {
+            let shown = path.display();
+            // A program that writes to the path of a device that is gone leaves a plain file.
+            match fs::symlink_metadata(&path) {
+                Ok(data) if data.is_file() => {
+                    anyhow!("a plain file is in the place of the device node {shown}; remove it")
+                }
+                _ => {
+                    let limit = NODE_LIMIT.as_secs();
+                    anyhow!("{shown} did not become usable within {limit} s: {error}")
+                }
+            }
+        })?;
+        Ok(path)
+    }
+
+    /// Deletes the device. What fails is only said: the caller is ending anyway.
+    pub fn delete(&self, control: &mut Control) {
+        if let Err(error) = control.delete_soon(self.id()) {
+            tracing::warn!("device {}: {error}", self.id());
+        }
+    }
+}
+
+/// Repeats `open` while the node is missing (or still another), within a limit.
+fn until_there<T>(open: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let deadline = Instant::now() + NODE_LIMIT;
+    loop {
+        match open() {
+            Err(error) if is_not_there_yet(&error) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            result => return result,
+        }
+    }
+}
+
+fn is_not_there_yet(error: &io::Error) -> bool {
+    // EACCES and EPERM: udev sets the owner a moment after the node appears.
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV | libc::EACCES | libc::EPERM | libc::EBUSY)
+    )
+}
+
+fn explain(errno: i32, error: anyhow::Error, id: Option<u32>) -> anyhow::Error {
+    match (errno, id) {
+        (libc::EEXIST, Some(id)) => anyhow!(
+            "device number {id} is taken; choose another with -n, or leave -n out for a free one"
+        ),
+        (libc::EPERM | libc::EACCES, _) => {
+            anyhow!("not permitted to add ublk devices; run as root")
+        }
+        (libc::EINVAL | libc::ENOSPC, Some(id)) => {
+            error.context(format!("the driver refused device number {id}"))
+        }
+        _ => error.context("adding a ublk device"),
+    }
+}
+
+/// The numbers of all ublk devices, in order.
+pub fn all() -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    let entries = match fs::read_dir("/sys/class/ublk-char") {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ids),
+        Err(error) => return Err(error).context("listing /sys/class/ublk-char"),
+    };
+    for entry in entries {
+        let name = entry.context("listing /sys/class/ublk-char")?.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix("ublkc"));
+        ids.extend(number.and_then(|number| number.parse::<u32>().ok()));
+    }
+    ids.sort_unstable();
+    Ok(ids)
+}

@@ -1,0 +1,76 @@
+//! `ublk-qcow2`: serves qcow2 images as block devices through ublk.
+//!
+//! The server around the sans-I/O engine of the crate `qcow2`: every descriptor, thread and system
+//! call of the program is here.
+//!
+//! ```text
+//!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock            main thread: start, signals, stop
+//!                ├─ del               ├─ device ── control       ublk's control commands
+//!                └─ list              ├─ state                   what `list` and `del` read
+//!                                     └─ link ── queue ── driver the queue thread: all I/O
+//!                                                  └── ring, buffer
+//! ```
+//!
+//! `unsafe` code is in `ring.rs`, `buffer.rs` and `sys.rs`, and nowhere else.
+
+mod buffer;
+mod busy;
+mod cli;
+mod control;
+mod daemon;
+mod del;
+mod device;
+mod driver;
+mod errno;
+mod link;
+mod list;
+mod lock;
+mod open;
+mod queue;
+mod ring;
+mod server;
+mod signals;
+mod state;
+mod sys;
+mod ublk;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::Parser;
+use cli::{AddArgs, Cli, Command};
+use daemon::Reporter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let (subject, result) = match &cli.command {
+        Command::Add(args) => (args.file.to_string_lossy().into_owned(), add(args)),
+        Command::Del(args) => (String::new(), del::run(args)),
+        Command::List(args) => (String::new(), list::run(args)),
+        Command::Features => (String::new(), list::features()),
+    };
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    let subject = if subject.is_empty() { subject } else { format!("{subject}: ") };
+    eprintln!("ublk-qcow2: {}", list::plain(&format!("{subject}{error:#}")));
+    ExitCode::FAILURE
+}
+
+fn add(args: &AddArgs) -> Result<()> {
+    if args.queues != 1 {
+        bail!(
+            "-q {} is not served: one queue is all there is until requests of one image can be \
+             spread over several; leave -q out",
+            args.queues
+        );
+    }
+    if !args.foreground {
+        return daemon::launch(|reporter| server::serve(args, reporter));
+    }
+    // Only here is there a terminal to log to (RUST_LOG=info); a daemon must not write to a file
+    // that may lie on its own device.
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    server::serve(args, &mut Reporter::Foreground)
+}

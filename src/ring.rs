@@ -1,0 +1,228 @@
+//! io_uring behind a typed slab: the only place that knows `user_data`. (One of the three files
+//! with `unsafe`.)
+//!
+//! Every operation in flight holds one slot of the slab, and a slot's number is the operation's
+//! `user_data`; there are no special values beside them. Each operation has exactly one completion
+//! (nothing multishot), and the submission queue has at least as many entries as the slab has
+//! slots. So neither queue can overflow, and nothing is ever refused or lost: the owner of a ring
+//! gives it as many slots as it has operations.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
+
+use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
+
+use crate::buffer::Piece;
+use crate::ublk;
+
+/// The largest submission queue the kernel makes.
+pub const MAX_ENTRIES: u32 = 32768;
+
+/// An operation as the driver names it.
+#[derive(Clone, Copy, Debug)]
+pub enum Io {
+    /// Bytes of the file into memory.
+    Read { fd: RawFd, to: Piece, offset: u64 },
+    /// Memory into the file.
+    Write { fd: RawFd, from: Piece, offset: u64 },
+    /// fdatasync.
+    Sync { fd: RawFd },
+    /// fallocate, mode 0: allocate and lengthen.
+    Allocate { fd: RawFd, offset: u64, len: u64 },
+    /// ftruncate.
+    Truncate { fd: RawFd, len: u64 },
+    /// A ublk I/O command on the character device.
+    Command { fd: RawFd, code: u32, payload: ublk::IoCmd },
+    /// Completes (with ETIME) after [`TICK`].
+    Timer,
+}
+
+/// The period of [`Io::Timer`].
+pub const TICK: Duration = Duration::from_millis(500);
+
+/// A ring, and what is in flight on it.
+pub struct Ring<T> {
+    // The ring is dropped first: what it still runs touches only memory that is never unmapped.
+    ring: IoUring,
+    slots: Vec<Option<T>>,
+    free: Vec<u32>,
+    tick: Box<Timespec>,
+    can_truncate: bool,
+}
+
+impl<T> Ring<T> {
+    /// A ring for `capacity` operations at a time, to be used by this thread alone.
+    pub fn new(capacity: u32) -> io::Result<Self> {
+        assert!((1..=MAX_ENTRIES).contains(&capacity), "a ring has 1 to 32768 entries");
+        let ring = build(capacity.next_power_of_two())?;
+        assert!(ring.params().sq_entries() >= capacity, "one submission entry for each slot");
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        Ok(Self {
+            ring,
+            slots: (0..capacity).map(|_| None).collect(),
+            free: (0..capacity).rev().collect(),
+            tick: Box::new(Timespec::from(TICK)),
+            can_truncate: probe.is_supported(opcode::Ftruncate::CODE),
+        })
+    }
+
+    /// Whether the kernel has [`Io::Truncate`] (6.9).
+    pub fn can_truncate(&self) -> bool {
+        self.can_truncate
+    }
+
+    /// Queues an operation for the next [`turn`](Self::turn). There must be a free slot.
+    pub fn push(&mut self, token: T, io: Io) {
+        let slot = self.free.pop().expect("the owner counts its operations");
+        let index = usize::try_from(slot).expect("a slot number is an index");
+        assert!(self.slots[index].is_none(), "a free slot is empty");
+        self.slots[index] = Some(token);
+        let entry = self.entry(io).user_data(u64::from(slot));
+        // SAFETY: buffers in `entry` are `Piece`s, which are never unmapped and to which no Rust
+        // reference exists; the timer's value lives in a box that outlives the submission.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        assert!(pushed.is_ok(), "there are as many submission entries as slots");
+    }
+
+    /// Submits what was pushed, waits for at least one completion, and appends all there are.
+    pub fn turn(&mut self, done: &mut Vec<(T, i32)>) -> io::Result<()> {
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => {}
+            // Interrupted or short of memory for a moment: what is there is handled, then again.
+            Err(error) if is_passing(&error) => {}
+            Err(error) => return Err(error),
+        }
+        for completion in self.ring.completion() {
+            let index = usize::try_from(completion.user_data()).expect("ours: a slot number");
+            let token = self.slots[index].take().expect("one completion for each operation");
+            self.free.push(u32::try_from(index).expect("ours: a slot number"));
+            done.push((token, completion.result()));
+        }
+        Ok(())
+    }
+
+    fn entry(&self, io: Io) -> squeue::Entry {
+        match io {
+            Io::Read { fd, to, offset } => {
+                opcode::Read::new(Fd(fd), to.address(), to.len()).offset(offset).build()
+            }
+            Io::Write { fd, from, offset } => {
+                opcode::Write::new(Fd(fd), from.address(), from.len()).offset(offset).build()
+            }
+            Io::Sync { fd } => opcode::Fsync::new(Fd(fd)).flags(FsyncFlags::DATASYNC).build(),
+            Io::Allocate { fd, offset, len } => {
+                opcode::Fallocate::new(Fd(fd), len).offset(offset).mode(0).build()
+            }
+            Io::Truncate { fd, len } => opcode::Ftruncate::new(Fd(fd), len).build(),
+            Io::Command { fd, code, payload } => {
+                let mut bytes = [0; 16];
+                bytes.copy_from_slice(bytemuck::bytes_of(&payload));
+                opcode::UringCmd16::new(Fd(fd), code).cmd(bytes).build()
+            }
+            Io::Timer => opcode::Timeout::new(&raw const *self.tick).build(),
+        }
+    }
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME))
+}
+
+/// The best ring this kernel makes: completions run only when this thread asks for them.
+fn build(entries: u32) -> io::Result<IoUring> {
+    let mut last = None;
+    for attempt in 0..3 {
+        let mut builder = IoUring::builder();
+        builder.dontfork();
+        if attempt == 0 {
+            builder.setup_single_issuer().setup_defer_taskrun();
+        }
+        if attempt <= 1 {
+            builder.setup_coop_taskrun();
+        }
+        match builder.build(entries) {
+            Ok(ring) => return Ok(ring),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = Some(error),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EINVAL)))
+}
+
+/// A small ring with wide entries for control commands, one at a time.
+pub struct ControlRing(IoUring<squeue::Entry128, cqueue::Entry>);
+
+impl ControlRing {
+    /// A fresh ring.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(IoUring::builder().dontfork().build(4)?))
+    }
+
+    /// Sends one command and waits for its result, but no longer than `limit`: then the error is
+    /// ETIME, the command is still under way, and neither this ring nor the memory that the
+    /// command names may be used again.
+    pub fn command(
+        &mut self,
+        fd: RawFd,
+        code: u32,
+        payload: &ublk::CtrlCmd,
+        limit: Duration,
+    ) -> io::Result<i32> {
+        let mut bytes = [0; 80];
+        bytes[..size_of::<ublk::CtrlCmd>()].copy_from_slice(bytemuck::bytes_of(payload));
+        let entry = opcode::UringCmd80::new(Fd(fd), code).cmd(bytes).build();
+        // SAFETY: the address in the payload is that of an area, which is never unmapped.
+        let pushed = unsafe { self.0.submission().push(&entry) };
+        assert!(pushed.is_ok(), "commands are sent one at a time");
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let wait = Timespec::from(left);
+            let args = SubmitArgs::new().timespec(&wait);
+            match self.0.submitter().submit_with_args(1, &args) {
+                Ok(_) => {}
+                Err(error) if is_passing(&error) => {}
+                Err(error) => return Err(error),
+            }
+            if let Some(completion) = self.0.completion().next() {
+                return Ok(completion.result());
+            }
+            if left.is_zero() {
+                return Err(io::Error::from_raw_os_error(libc::ETIME));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::Area;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn bytes_written_are_read_back_and_slots_are_given_back() {
+        let file = tempfile::tempfile().unwrap();
+        let fd = file.as_raw_fd();
+        let area = Area::new(8192).unwrap();
+        area.copy_in(0, b"hello");
+        let mut ring = Ring::new(2).unwrap();
+        let mut done = Vec::new();
+        ring.push("write", Io::Write { fd, from: area.piece(0, 5), offset: 3 });
+        ring.turn(&mut done).unwrap();
+        assert_eq!(done.pop(), Some(("write", 5)));
+        ring.push("read", Io::Read { fd, to: area.piece(4096, 100), offset: 0 });
+        ring.push("sync", Io::Sync { fd });
+        assert!(ring.free.is_empty());
+        while done.len() < 2 {
+            ring.turn(&mut done).unwrap();
+        }
+        assert!(done.contains(&("read", 8)) && done.contains(&("sync", 0)));
+        let mut bytes = [0; 8];
+        area.copy_out(4096, &mut bytes);
+        assert_eq!(&bytes, b"\0\0\0hello");
+    }
+}

@@ -1,0 +1,276 @@
+//! The server process of one device: start, serve until told to stop, close.
+//!
+//! The main thread talks to the control device, to signals and to `list`; the queue thread
+//! (`queue.rs`) does all I/O. Stopping a device blocks in the kernel until its requests have
+//! ended, which needs a queue thread that goes on: hence two threads even for one queue.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use qcow2::{Health, Options};
+use serde_json::json;
+
+use crate::cli::AddArgs;
+use crate::control::Control;
+use crate::daemon::{Reporter, START_LIMIT};
+use crate::device::{self, Device};
+use crate::link::{self, Event, MainEnd};
+use crate::open::{self, Mode, Opened};
+use crate::queue;
+use crate::signals::Signals;
+use crate::state::{self, State};
+use crate::sys;
+
+/// How long requests may take to end, and then the image to close.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long the queue thread may take to give fresh figures.
+const REPORT_LIMIT: Duration = Duration::from_millis(500);
+
+/// Serves an image until a signal, `del`, or a failure ends it.
+pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
+    let signals = Signals::take_over()?;
+    sys::ignore_signals();
+    // Inherited by the queue thread and by the kernel's workers of its ring. Not permitted to
+    // every user; who is not will be told by the driver.
+    let flusher = sys::become_io_flusher();
+
+    reporter.stage("opening the image")?;
+    let opened = open::open(&wanted(args))?;
+    let mut control = Control::open()?;
+    flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
+    if let Some(note) = &opened.note {
+        eprintln!("ublk-qcow2: {}: {note}", args.file.display());
+    }
+    reporter.stage("adding a ublk device")?;
+    let device = Device::add(
+        &mut control,
+        device::Wanted {
+            id: args.number,
+            depth: args.depth,
+            size: opened.engine.virtual_size(),
+            block: args.block_size,
+            cluster_bits: opened.cluster_bits,
+            read_only: args.read_only,
+        },
+    )?;
+    let state = describe(args, &opened, &device);
+    // This copy of the descriptor holds the locks until the very end.
+    let image = opened.file.try_clone().context("dup")?;
+    let mut server = Server { control, device, signals, state, main: None, _image: image };
+    let result = server.run(opened, reporter);
+    server.leave(&result);
+    result
+}
+
+fn wanted(args: &AddArgs) -> open::Wanted {
+    let mode = match (args.direct, args.buffered) {
+        (true, _) => Mode::Direct,
+        (_, true) => Mode::Buffered,
+        _ => Mode::Auto,
+    };
+    let options = Options {
+        read_only: args.read_only,
+        queues: args.queues,
+        depth: args.depth,
+        l2_cache: args.l2_cache,
+        refcount_cache: args.refcount_cache,
+        stress: args.stress,
+        ..Options::default()
+    };
+    open::Wanted { path: args.file.clone(), mode, block: args.block_size, options }
+}
+
+fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> State {
+    // The name is shown to people only, so a name that is not UTF-8 may lose characters.
+    let absolute = std::path::absolute(&args.file).unwrap_or_else(|_| args.file.clone());
+    State {
+        id: device.id(),
+        pid: std::process::id(),
+        image: args.file.to_string_lossy().into_owned(),
+        image_path: absolute.to_string_lossy().into_owned(),
+        version: opened.version,
+        virtual_size: opened.engine.virtual_size(),
+        cluster_size: 1 << opened.cluster_bits,
+        read_only: args.read_only,
+        direct: opened.direct,
+        block_size: args.block_size,
+        data_path: "copy".to_string(),
+        close_error: None,
+    }
+}
+
+struct Server {
+    control: Control,
+    device: Device,
+    signals: Signals,
+    state: State,
+    /// The link to the queue thread, once that runs.
+    main: Option<MainEnd>,
+    /// Closed last: the locks go with it.
+    _image: File,
+}
+
+impl Server {
+    fn run(&mut self, opened: Opened, reporter: &mut Reporter) -> Result<()> {
+        self.device.set_params(&mut self.control)?;
+        self.start_queue(opened)?;
+        reporter.stage("waiting for the image's first fdatasync")?;
+        self.wait_ready()?;
+        reporter.stage("starting the ublk device")?;
+        let started = self.device.start(&mut self.control);
+        let path = match (started, self.event()) {
+            (_, Some(Event::Ended(Err(text)))) => bail!("the queue ended: {text}"),
+            (result, _) => result?,
+        };
+        self.state.store()?;
+        let listener = state::listen(self.device.id())?;
+        let ready = reporter.ready(&path);
+        if ready.is_err() {
+            // Nobody knows of this device: stop it again.
+            self.stop()?;
+            return ready;
+        }
+        self.until_end(&listener)
+    }
+
+    fn start_queue(&mut self, opened: Opened) -> Result<()> {
+        let (main, queue) = link::link().context("eventfd")?;
+        let setup = queue::Setup {
+            engine: opened.engine,
+            image: opened.file,
+            kind: opened.kind,
+            char_device: self.device.open_char()?,
+            depth: self.device.info.queue_depth,
+            max_request: self.device.max_request(),
+            device_size: self.device.size(),
+            block: self.state.block_size,
+        };
+        std::thread::Builder::new()
+            .name("queue-0".to_string())
+            .spawn(move || queue::run(setup, queue))
+            .context("starting the queue thread")?;
+        self.main = Some(main);
+        Ok(())
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        // A little less than the parent waits, so that this text is the one that is seen.
+        let deadline = Instant::now() + START_LIMIT.saturating_sub(Duration::from_secs(15));
+        loop {
+            if self.signals.came() {
+                bail!("interrupted");
+            }
+            let main = self.main.as_ref().context("the queue thread runs")?;
+            match main.wait_event(Duration::from_millis(100)) {
+                Some(Event::Ready) => return Ok(()),
+                Some(Event::Ended(Err(text))) => return Err(anyhow!(text)),
+                Some(Event::Ended(Ok(()))) => bail!("the queue ended before it began"),
+                None if Instant::now() < deadline => {}
+                None => bail!("the image's first fdatasync did not end in time"),
+            }
+        }
+    }
+
+    fn event(&self) -> Option<Event> {
+        self.main.as_ref().and_then(MainEnd::event)
+    }
+
+    /// Serves `list` until a signal comes or the device was stopped from elsewhere.
+    fn until_end(&mut self, listener: &UnixListener) -> Result<()> {
+        loop {
+            let main = self.main.as_ref().context("the queue thread runs")?;
+            let mut set = [
+                PollFd::new(self.signals.fd(), PollFlags::POLLIN),
+                PollFd::new(main.event_fd(), PollFlags::POLLIN),
+                PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut set, PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(error) => return Err(error).context("poll"),
+            }
+            if let Some(Event::Ended(result)) = main.event() {
+                return result.map_err(|text| anyhow!(text));
+            }
+            state::answer(listener, || figures(main));
+            if self.signals.came() {
+                return self.stop();
+            }
+        }
+    }
+
+    /// Stops the device and waits until the queue thread has closed the image.
+    fn stop(&mut self) -> Result<()> {
+        let stopped = self.control.stop(self.device.id(), STOP_LIMIT);
+        if let Err(error) = stopped
+            && error.errno == libc::ETIME
+        {
+            return Err(anyhow!(error).context("requests did not end"));
+        }
+        // Any other failure means that the device was stopped already.
+        let main = self.main.as_ref().context("the queue thread runs")?;
+        let deadline = Instant::now() + STOP_LIMIT;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match main.wait_event(left) {
+                Some(Event::Ended(result)) => return result.map_err(|text| anyhow!(text)),
+                Some(Event::Ready) => {}
+                None => bail!("the image was not closed within {} s", STOP_LIMIT.as_secs()),
+            }
+        }
+    }
+
+    /// Removes the device, and records how it ended.
+    fn leave(&mut self, result: &Result<()>) {
+        let id = self.device.id();
+        if result.is_err() {
+            // A queue thread that still runs ends with its tags, or without any if there are none.
+            if let Some(main) = &self.main {
+                main.ask_stop();
+            }
+            // Fails if it was stopped already, and is given up if requests do not end.
+            let _ = self.control.stop(id, Duration::from_secs(5));
+        }
+        match (result, State::load(id)) {
+            // Only a device that had come up has a file; the end of others is told by `add`.
+            (Err(error), Some(state)) if state.pid == self.state.pid => {
+                self.state.close_error = Some(format!("{error:#}"));
+                if let Err(error) = self.state.store() {
+                    tracing::error!("{error:#}");
+                }
+            }
+            _ => State::remove(id),
+        }
+        self.device.delete(&mut self.control);
+    }
+}
+
+/// What `list` shows of a running engine.
+fn figures(main: &MainEnd) -> serde_json::Value {
+    let Some(report) = main.fresh_report(REPORT_LIMIT) else { return json!({}) };
+    let health = match report.health {
+        Health::Good => "good".to_string(),
+        Health::Failed(failure) => format!("failed: {failure}"),
+    };
+    let stats = report.stats;
+    json!({
+        "health": health,
+        "memory": { "caches": report.memory.caches, "tables": report.memory.tables },
+        "stats": {
+            "reads": stats.reads,
+            "writes": stats.writes,
+            "flushes": stats.flushes,
+            "syncs": stats.syncs,
+            "allocated_data": stats.allocated_data,
+            "allocated_metadata": stats.allocated_metadata,
+            "cache_misses": stats.cache_misses,
+            "metadata_reads": stats.metadata_reads,
+            "metadata_writes": stats.metadata_writes,
+            "errors": stats.errors,
+        },
+    })
+}

@@ -1,0 +1,132 @@
+//! `/run/ublk-qcow2`: what a daemon says about its device to `list` and `del`.
+//!
+//! `N.json` describes the daemon of device N. It is written when the device is there, rewritten if
+//! closing the image fails, and removed after a clean close. So after a daemon has ended: no file
+//! means all is well, a file with `close_error` says what failed, and a file without it means that
+//! the daemon died. `N.sock` gives live figures as JSON, one object per connection.
+
+use std::fs::{self, DirBuilder};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+const FOLDER: &str = "/run/ublk-qcow2";
+
+/// How long `list` waits for a daemon's figures.
+const CLIENT_LIMIT: Duration = Duration::from_secs(1);
+
+/// A daemon and its device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    pub id: u32,
+    pub pid: u32,
+    /// The image as it was given on the command line.
+    pub image: String,
+    /// The same, absolute.
+    pub image_path: String,
+    /// The qcow2 version.
+    pub version: u32,
+    pub virtual_size: u64,
+    pub cluster_size: u64,
+    pub read_only: bool,
+    pub direct: bool,
+    pub block_size: u32,
+    /// How payload travels between kernel and daemon.
+    pub data_path: String,
+    /// Why closing the image failed.
+    pub close_error: Option<String>,
+}
+
+fn file_path(id: u32) -> PathBuf {
+    Path::new(FOLDER).join(format!("{id}.json"))
+}
+
+fn socket_path(id: u32) -> PathBuf {
+    Path::new(FOLDER).join(format!("{id}.sock"))
+}
+
+/// Makes the folder, for root alone.
+fn make_folder() -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(FOLDER) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(|| format!("making the folder {FOLDER}"))
+        }
+        _ => {
+            let data = fs::symlink_metadata(FOLDER).with_context(|| FOLDER.to_string())?;
+            if !data.is_dir() || data.uid() != nix::unistd::geteuid().as_raw() {
+                bail!("{FOLDER} is not a folder of this user; remove it");
+            }
+            Ok(())
+        }
+    }
+}
+
+impl State {
+    /// What is recorded for a device, if anything.
+    pub fn load(id: u32) -> Option<Self> {
+        let bytes = fs::read(file_path(id)).ok()?;
+        serde_json::from_slice(&bytes).ok().filter(|state: &Self| state.id == id)
+    }
+
+    /// Writes it, all or nothing.
+    pub fn store(&self) -> Result<()> {
+        make_folder()?;
+        let path = file_path(self.id);
+        let fresh = path.with_extension("json.new");
+        let text = serde_json::to_vec_pretty(self)?;
+        fs::write(&fresh, text)
+            .and_then(|()| fs::rename(&fresh, &path))
+            .with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Removes what is recorded for a device.
+    pub fn remove(id: u32) {
+        // Missing is as good as removed, and nothing depends on the rest.
+        let _ = fs::remove_file(file_path(id));
+        let _ = fs::remove_file(socket_path(id));
+    }
+}
+
+/// Listens for `list`.
+pub fn listen(id: u32) -> Result<UnixListener> {
+    make_folder()?;
+    let path = socket_path(id);
+    let _ = fs::remove_file(&path);
+    let listener =
+        UnixListener::bind(&path).with_context(|| format!("making {}", path.display()))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Answers everybody who is waiting.
+pub fn answer(listener: &UnixListener, figures: impl Fn() -> serde_json::Value) {
+    while let Ok((mut stream, _)) = listener.accept() {
+        // The text is smaller than a socket's buffer, so this does not wait; a client that is
+        // gone is its own concern.
+        let _ = stream.set_nonblocking(true);
+        let _ = stream.write_all(figures().to_string().as_bytes());
+    }
+}
+
+/// The live figures of a device, if its daemon answers in time.
+pub fn figures(id: u32) -> Option<serde_json::Value> {
+    let (sender, receiver) = mpsc::channel();
+    // In a thread, since connecting to a daemon that does not accept has no limit of its own.
+    std::thread::spawn(move || {
+        let ask = || -> io::Result<serde_json::Value> {
+            let mut stream = UnixStream::connect(socket_path(id))?;
+            stream.set_read_timeout(Some(CLIENT_LIMIT))?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(serde_json::from_str(&text)?)
+        };
+        let _ = sender.send(ask().ok());
+    });
+    receiver.recv_timeout(CLIENT_LIMIT).ok().flatten()
+}
