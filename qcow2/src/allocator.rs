@@ -1,36 +1,48 @@
-//! Host clusters: finding free ones, raising and lowering refcounts, extending the file.
+//! The reservation: host clusters whose refcounts were raised ahead of need.
 //!
-//! Two sources. **Fresh** clusters lie past what was the end of the file when it was opened; the
-//! file is extended over them ahead of need, so they read as zeros. **Recycled** ones have refcount
-//! 0 inside the old file; a cursor looks for them one refcount page at a time, and never makes
-//! a request wait: a page that is not in the cache is sent for while a fresh cluster is used.
+//! A mapping may reach the disk only when the refcount of its cluster is there. Raising refcounts
+//! one by one would cost every FLUSH of a new cluster an fdatasync of its own, so they are raised
+//! for many clusters in one write, early; when that is durable the clusters stand in the **pool**
+//! and a mapping to one of them needs no further order with refcounts. A crash leaks at most what
+//! is reserved; a clean close gives it back.
 //!
-//! A refcount rises here, in memory; it becomes durable in the round that makes the mapping
-//! durable, before it (see [`flush`](crate::flush)). A cluster counts as free only if its refcount
-//! is 0 *and* no table of the image lies there.
+//! ```text
+//!   free ──raise, zero──► pending ──round──► pool ──allocate──► mapped
+//!                (refcount 1 in memory)  (refcount 1 on disk)
+//! ```
+//!
+//! Two sources. **Recycled** clusters have refcount 0 inside the file; a cursor looks for them one
+//! refcount page at a time. They may hold anything, also data of a reservation that an earlier
+//! process lost, so they are zeroed (`ZeroRange`) as part of being reserved. **Fresh** ones lie
+//! past the end of the file, which is extended over them. Either way what becomes durable in the
+//! same fdatasync as the refcounts is [`Space::Zero`]; where the host cannot zero, it is
+//! [`Space::Stale`]. A cluster counts as free only if its refcount is 0 *and* no table lies there
+//! *and* it is not in [quarantine](crate::quarantine).
 
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
 use crate::cache::{Lookup, SlotId};
 use crate::engine::Engine;
-use crate::entry::copied_word;
 use crate::error::IoErrorKind;
 use crate::geometry::Geometry;
+use crate::mark;
 use crate::op::OpKind;
 use crate::optable::Owner;
+use crate::planted::{self, Bug};
 use crate::request::{Step, Stop, Wait, Which};
 use crate::units::HostCluster;
 
-/// What a free cluster holds.
+/// What a cluster holds, in every state that a crash can leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Space {
-    /// It reads as zeros, and will after a crash: past the old end of the file, never written.
+    /// Zeros.
     Zero,
     /// Anything.
     Stale,
 }
 
-/// Clusters that were allocated together.
+/// Adjacent clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Allocated {
     pub(crate) at: HostCluster,
@@ -38,29 +50,87 @@ pub(crate) struct Allocated {
     pub(crate) space: Space,
 }
 
-/// Where to look for free clusters.
+/// Clusters on their way into the pool.
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    start: u64,
+    count: u64,
+    space: Space,
+    /// The round whose first fdatasync makes them durable; `None` while they are being zeroed.
+    round: Option<u64>,
+}
+
+/// A refcount block that the refcount table on disk must not name yet.
+#[derive(Clone, Copy, Debug)]
+struct NewBlock {
+    /// Entry of the refcount table.
+    index: u64,
+    /// The round whose first fdatasync makes the block durable.
+    round: u64,
+    /// The block is durable, and its table entry is being made so by this round.
+    linked: bool,
+}
+
+/// Reservation and the search for free clusters.
 #[derive(Clone, Debug)]
 pub(crate) struct Allocator {
+    zero: VecDeque<(u64, u64)>,
+    stale: VecDeque<(u64, u64)>,
+    pool: u64,
+    pending: Vec<Pending>,
+    pending_clusters: u64,
+    new_blocks: Vec<NewBlock>,
+    /// Clusters to hold in reserve, once somebody has wanted one.
+    target: u64,
+    wanted: bool,
     /// All clusters from here on are fresh.
     next_fresh: u64,
     /// Clusters `scan..scan_end` were not looked at yet and may be free.
     scan: u64,
     scan_end: u64,
     extending: bool,
-    /// The file could not be extended: look at every refcount before giving up.
-    full: bool,
-    /// Clusters whose refcount is to be lowered to 0 as soon as its page is there.
-    frees: Vec<u64>,
+    /// Why nothing fresh can be reserved for now.
+    error: Option<IoErrorKind>,
     /// The refcount table is too short for `next_fresh`.
     pub(crate) must_grow: bool,
+    /// Reserve no more: the image is being closed.
+    pub(crate) stopped: bool,
 }
 
+/// Where the refcount of a cluster is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RefcountPlace {
+    /// Page number in the file, index in the page.
+    Page(u64, usize),
+    /// There is no refcount block: the refcount is 0.
+    NoBlock,
+    /// The refcount table is too short.
+    NoTable,
+}
+
+/// Reserved runs that are on their way at the same time; more would only fragment.
+const MAX_PENDING: usize = 32;
+
 impl Allocator {
-    /// For a file that ends within or before cluster `end`.
-    pub(crate) fn new(end: u64) -> Self {
-        let frees = Vec::new();
-        let (extending, full, must_grow) = (false, false, false);
-        Self { next_fresh: end, scan: 1, scan_end: end, extending, full, frees, must_grow }
+    /// For a file that ends within or before cluster `end`, to keep `target` clusters in reserve.
+    pub(crate) fn new(end: u64, target: u64) -> Self {
+        Self {
+            zero: VecDeque::with_capacity(MAX_PENDING),
+            stale: VecDeque::with_capacity(MAX_PENDING),
+            pool: 0,
+            pending: Vec::with_capacity(MAX_PENDING),
+            pending_clusters: 0,
+            new_blocks: Vec::new(),
+            target,
+            wanted: false,
+            next_fresh: end,
+            scan: 1,
+            scan_end: end,
+            extending: false,
+            error: None,
+            must_grow: false,
+            stopped: false,
+        }
     }
 
     /// Where the file may be cut off when it is closed, in bytes.
@@ -77,26 +147,70 @@ impl Allocator {
         self.next_fresh = to;
     }
 
-    /// Refcounts could not be read: what is not known to be free is not.
-    pub(crate) fn stop_recycling(&mut self) {
+    /// Clusters in reserve, durable or not.
+    pub(crate) fn reserved(&self) -> u64 {
+        self.pool + self.pending_clusters
+    }
+
+    /// Blocks that are not linked on disk stand in the way of moving the table.
+    pub(crate) fn has_new_blocks(&self) -> bool {
+        !self.new_blocks.is_empty()
+    }
+
+    /// Is this refcount table entry one that the disk must not see yet?
+    pub(crate) fn hides(&self, index: u64) -> bool {
+        if planted::is(Bug::BlockBeforeDurable) {
+            return false;
+        }
+        self.new_blocks.iter().any(|block| block.index == index && !block.linked)
+    }
+
+    /// Refcounts could not be read: what is not known to be free is not. The next write that wants
+    /// a cluster tries again.
+    pub(crate) fn unreadable(&mut self) {
         self.scan = self.scan_end;
-        self.frees.clear();
+        self.error = Some(IoErrorKind::Io);
+    }
+
+    /// These clusters are free again.
+    pub(crate) fn freed(&mut self, start: u64, count: u64) {
+        self.scan = self.scan.min(start);
+        self.scan_end = self.scan_end.max(start + count);
+    }
+
+    fn add_to_pool(&mut self, start: u64, count: u64, space: Space) {
+        let queue = match space {
+            Space::Zero => &mut self.zero,
+            Space::Stale => &mut self.stale,
+        };
+        self.pool += count;
+        match queue.back_mut() {
+            Some((last, length)) if *last + *length == start => *length += count,
+            _ => queue.push_back((start, count)),
+        }
+    }
+
+    /// Takes up to `want` adjacent clusters, zeroed ones first.
+    fn take(&mut self, want: u64) -> Option<Allocated> {
+        let (queue, space) = if self.zero.is_empty() {
+            (&mut self.stale, Space::Stale)
+        } else {
+            (&mut self.zero, Space::Zero)
+        };
+        let (start, length) = queue.front_mut()?;
+        let count = want.min(*length);
+        let at = HostCluster::new(*start).expect("the header is never free");
+        (*start, *length) = (*start + count, *length - count);
+        if *length == 0 {
+            queue.pop_front();
+        }
+        self.pool -= count;
+        Some(Allocated { at, count, space })
     }
 }
 
-/// Where the refcount of a cluster is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum RefcountPlace {
-    /// Page number in the file, index in the page.
-    Page(u64, usize),
-    /// There is no refcount block: the refcount is 0.
-    NoBlock,
-    /// The refcount table is too short.
-    NoTable,
-}
-
 impl Engine {
-    fn refcount_place(&self, cluster: u64) -> RefcountPlace {
+    pub(crate) fn refcount_place(&self, cluster: u64) -> RefcountPlace {
         let geometry = self.geometry();
         let Some(word) = self.refcount_table.get(cluster >> geometry.refblock_bits()) else {
             return RefcountPlace::NoTable;
@@ -112,95 +226,179 @@ impl Engine {
         RefcountPlace::Page(byte >> geometry.page_bits(), index)
     }
 
-    /// Allocates up to `want` adjacent clusters: their refcounts are 1 from now on.
+    /// Takes up to `want` adjacent clusters from the pool. Nothing on disk refers to them.
     pub(crate) fn allocate(&mut self, want: u64) -> Step<Allocated> {
-        if let Some(found) = self.recycle(want)? {
+        if let Some(found) = self.allocator.take(want) {
             return Ok(found);
         }
-        // Nothing is left inside the file: the next write tries to extend it again.
-        self.allocator.full &= self.allocator.scan < self.allocator.scan_end;
-        self.allocate_fresh(want)
+        self.allocator.wanted = true;
+        if self.allocator.reserved() == 0 && !self.allocator.extending {
+            // Perhaps there is room again.
+            self.allocator.error = None;
+        }
+        // `refill` runs after every event, so it is on its way, or finds now that it cannot be.
+        Err(Stop::Wait(Wait::Reserve))
     }
 
-    /// Looks for free clusters inside the old file. Waits for a page of refcounts only if the file
-    /// could not be extended.
-    fn recycle(&mut self, want: u64) -> Step<Option<Allocated>> {
-        let per_page = 1_u64 << self.geometry().refcount_page_bits();
-        // Two pages at the most: the rest of this one and the next. All, if that is the only way.
-        for _ in 0..if self.allocator.full { u64::MAX } else { 2 } {
-            let start = self.allocator.scan;
-            if start >= self.allocator.scan_end {
-                return Ok(None);
+    /// Clusters that were taken and never came to be referred to.
+    pub(crate) fn put_back(&mut self, at: HostCluster, count: u64) {
+        let zero = planted::is(Bug::FailedWriteStillZero);
+        let space = if zero { Space::Zero } else { Space::Stale };
+        mark!("reserve.put_back");
+        self.allocator.add_to_pool(at.index(), count, space);
+        self.wake(|wait| wait == Wait::Reserve);
+    }
+
+    /// Reserves more clusters when there are few.
+    pub(crate) fn refill(&mut self) {
+        if self.failed.is_some() || self.allocator.stopped || !self.allocator.wanted {
+            return;
+        }
+        if !self.may_begin_round() {
+            return;
+        }
+        let low = self.allocator.target.div_ceil(2);
+        while self.allocator.reserved() < low && self.reserve_more() {}
+        if self.allocator.pool * 4 < self.allocator.target
+            && self.allocator.pending.iter().any(|pending| pending.round.is_some())
+        {
+            self.round.wanted = true;
+        }
+    }
+
+    /// Reserves up to the target. False: no more for now.
+    fn reserve_more(&mut self) -> bool {
+        while self.allocator.reserved() < self.allocator.target
+            && self.allocator.pending.len() < MAX_PENDING
+        {
+            let want = self.allocator.target - self.allocator.reserved();
+            if !self.recycle(want) && !self.reserve_fresh(want) {
+                return false;
             }
-            let page_end = ((start / per_page) + 1) * per_page;
-            let end = page_end.min(self.allocator.scan_end);
+        }
+        self.allocator.reserved() >= self.allocator.target
+    }
+
+    /// Reserves free clusters inside the file. False: look for fresh ones.
+    fn recycle(&mut self, want: u64) -> bool {
+        let per_page = 1_u64 << self.geometry().refcount_page_bits();
+        while self.allocator.scan < self.allocator.scan_end {
+            let start = self.allocator.scan;
+            let end = ((start / per_page + 1) * per_page).min(self.allocator.scan_end);
             let RefcountPlace::Page(page, first) = self.refcount_place(start) else {
                 self.allocator.scan = end;
                 continue;
             };
-            let slot = match self.refcount_page(page) {
-                Ok(slot) => slot,
-                Err(stop) if self.allocator.full => return Err(stop),
-                Err(_) => return Ok(None),
-            };
+            // A page that has to be read holds up nobody: fresh clusters serve meanwhile.
+            let Ok(slot) = self.refcount_page(page) else { return false };
+            let index = |cluster: u64| first + usize::try_from(cluster - start).expect("in page");
             let free = |engine: &Self, cluster: u64| {
-                let index = first + usize::try_from(cluster - start).expect("within a page");
-                engine.refcount_cache.refcount(slot, index) == 0
+                engine.refcount_cache.refcount(slot, index(cluster)) == 0
                     && !engine.metadata.contains(cluster)
+                    && !engine.quarantine.contains(cluster)
             };
             let Some(at) = (start..end).find(|&cluster| free(self, cluster)) else {
                 self.allocator.scan = end;
                 continue;
             };
+            if !self.ops.has_room() {
+                return false;
+            }
             let most = end.min(at + want);
             let count = (at..most).take_while(|&cluster| free(self, cluster)).count() as u64;
-            self.raise(slot, first + usize::try_from(at - start).expect("within a page"), count);
+            self.raise(slot, index(at), count);
             self.allocator.scan = at + count;
-            let at = HostCluster::new(at).expect("the scan begins behind the header");
-            return Ok(Some(Allocated { at, count, space: Space::Stale }));
-        }
-        Ok(None)
-    }
-
-    fn allocate_fresh(&mut self, want: u64) -> Step<Allocated> {
-        loop {
-            let first = self.allocator.next_fresh;
-            let (page, index) = match self.refcount_place(first) {
-                RefcountPlace::Page(page, index) => (page, index),
-                RefcountPlace::NoBlock => {
-                    self.new_refcount_block(first)?;
-                    continue;
-                }
-                RefcountPlace::NoTable => {
-                    self.allocator.must_grow = true;
-                    self.round.wanted = true;
-                    return Err(Stop::Wait(Wait::Grow));
-                }
-            };
-            let slot = self.refcount_page(page)?;
-            let left = (1_u64 << self.geometry().refcount_page_bits()) - index as u64;
-            let zero = |engine: &Self, step: u64| {
-                let index = index + usize::try_from(step).expect("within a page");
-                engine.refcount_cache.refcount(slot, index) == 0
-                    && !engine.metadata.contains(first + step)
-            };
-            let used = (0..left).take_while(|&step| !zero(self, step)).count() as u64;
-            if used != 0 {
-                // Somebody counts clusters past the end of the file. They are not ours.
-                self.allocator.next_fresh += used;
-                continue;
+            mark!("reserve.recycled");
+            if planted::is(Bug::FreeAtOpenIsZero) {
+                self.push_pending(at, count, Space::Zero, Some(self.next_round()));
+                return true;
             }
-            let run = (0..left.min(want)).take_while(|&step| zero(self, step)).count() as u64;
-            let run = self.extend_over(first, run)?;
-            self.raise(slot, index, run);
-            self.allocator.next_fresh += run;
-            let at = HostCluster::new(first).expect("fresh clusters lie behind the header");
-            return Ok(Allocated { at, count: run, space: Space::Zero });
+            if planted::is(Bug::PunchNotDurable) {
+                self.push_pending(at, count, Space::Zero, Some(self.next_round()));
+            } else {
+                self.push_pending(at, count, Space::Stale, None);
+            }
+            let bits = self.geometry().cluster_bits();
+            let kind = OpKind::ZeroRange { offset: at << bits, len: count << bits };
+            self.emit(Owner::Reserved(at), kind);
+            return true;
+        }
+        false
+    }
+
+    /// A recycled run was zeroed, or cannot be.
+    pub(crate) fn finish_reserved(&mut self, start: u64, result: Result<(), IoErrorKind>) {
+        let round = self.next_round();
+        let found = self.allocator.pending.iter_mut().find(|p| p.start == start);
+        let Some(pending) = found else { return };
+        match result {
+            Ok(()) if planted::is(Bug::PunchNotDurable) => {}
+            Ok(()) => (pending.space, pending.round) = (Space::Zero, Some(round)),
+            // The host cannot, or has no room: it is as good as any other space that holds
+            // anything. A write to it will say for itself if there is no room.
+            Err(_) => {
+                mark!("reserve.cannot_zero");
+                pending.round = Some(round);
+            }
+        }
+        if planted::is(Bug::ReraisedRefcountNotDurable) {
+            pending.round = Some(0);
+            self.admit(self.round.synced);
         }
     }
 
-    /// The refcount page, ready to be changed.
-    fn refcount_page(&mut self, page: u64) -> Step<SlotId> {
+    fn push_pending(&mut self, start: u64, count: u64, space: Space, round: Option<u64>) {
+        self.allocator.pending.push(Pending { start, count, space, round });
+        self.allocator.pending_clusters += count;
+    }
+
+    /// Reserves clusters past the end of the file. False: not now.
+    fn reserve_fresh(&mut self, want: u64) -> bool {
+        if self.allocator.error.is_some() {
+            return false;
+        }
+        let first = self.allocator.next_fresh;
+        let (page, index) = match self.refcount_place(first) {
+            RefcountPlace::Page(page, index) => (page, index),
+            RefcountPlace::NoBlock => return self.new_refcount_block(first),
+            RefcountPlace::NoTable => {
+                self.allocator.must_grow = true;
+                self.round.wanted = true;
+                return false;
+            }
+        };
+        let Ok(slot) = self.refcount_page(page) else { return false };
+        let left = (1_u64 << self.geometry().refcount_page_bits()) - index as u64;
+        let zero = |engine: &Self, step: u64| {
+            let index = index + usize::try_from(step).expect("within a page");
+            engine.refcount_cache.refcount(slot, index) == 0
+                && !engine.metadata.contains(first + step)
+        };
+        let used = (0..left).take_while(|&step| !zero(self, step)).count() as u64;
+        if used != 0 {
+            // Somebody counts clusters past the end of the file. They are not ours.
+            self.allocator.next_fresh += used;
+            return true;
+        }
+        let run = (0..left.min(want)).take_while(|&step| zero(self, step)).count() as u64;
+        let run = self.extended_over(first, run);
+        if run == 0 {
+            return false;
+        }
+        self.raise(slot, index, run);
+        self.allocator.next_fresh += run;
+        mark!("reserve.fresh");
+        if planted::is(Bug::NoSyncBeforeL2) {
+            self.allocator.add_to_pool(first, run, Space::Zero);
+            self.wake(|wait| wait == Wait::Reserve);
+            return true;
+        }
+        self.push_pending(first, run, Space::Zero, Some(self.next_round()));
+        true
+    }
+
+    /// The refcount page, ready to be changed; if it is not, that is being seen to.
+    pub(crate) fn refcount_page(&mut self, page: u64) -> Step<SlotId> {
         match self.refcount_cache.lookup(page) {
             Lookup::Hit(slot) if self.refcount_cache.may_dirty(slot) => Ok(slot),
             Lookup::Hit(_) => {
@@ -215,26 +413,32 @@ impl Engine {
     fn raise(&mut self, slot: SlotId, index: usize, count: u64) {
         for step in 0..usize::try_from(count).expect("within a page") {
             debug_assert_eq!(self.refcount_cache.refcount(slot, index + step), 0);
-            self.refcount_cache.set_refcount(slot, index + step, 1);
+            let two = planted::is(Bug::CopiedWithRefcountTwo);
+            self.refcount_cache.set_refcount(slot, index + step, if two { 2 } else { 1 });
         }
         self.note_dirty();
     }
 
-    /// Makes sure that the file reaches over up to `want` clusters from `first` on; returns how
-    /// many of them it reaches over now, at least one.
-    fn extend_over(&mut self, first: u64, want: u64) -> Step<u64> {
-        let geometry = self.geometry();
-        let reached = self.file_len >> geometry.cluster_bits();
+    /// How many of `want` clusters from `first` on the file reaches over; if none, it is extended.
+    fn extended_over(&mut self, first: u64, want: u64) -> u64 {
+        let bits = self.geometry().cluster_bits();
+        let reached = self.file_len >> bits;
         if reached > first {
-            return Ok(want.min(reached - first));
+            return want.min(reached - first);
         }
         if !self.allocator.extending {
-            let need = (first + want) << geometry.cluster_bits();
-            let ahead = (first << geometry.cluster_bits()) + self.options.reservation;
-            let ahead = geometry.clusters_for(ahead) << geometry.cluster_bits();
-            self.emit_extend(need.max(ahead), false);
+            let to = (first + want.max(self.allocator.target)) << bits;
+            if planted::is(Bug::EntryAtEndOfFile) {
+                self.file_len = to;
+                return want;
+            }
+            self.emit_extend(to, false);
+            if planted::is(Bug::SizeNotDurable) {
+                self.file_len = to;
+                return want;
+            }
         }
-        Err(Stop::Wait(Wait::Extend))
+        0
     }
 
     fn emit_extend(&mut self, to: u64, least: bool) {
@@ -251,31 +455,43 @@ impl Engine {
         let OpKind::Extend { to, .. } = kind else { unreachable!("an extend") };
         self.allocator.extending = false;
         match result {
-            Ok(()) => {
-                self.file_len = self.file_len.max(to);
-                self.wake(|wait| wait == Wait::Extend);
-            }
-            Err(IoErrorKind::NoSpace) if !least => {
+            Ok(()) => self.file_len = self.file_len.max(to),
+            Err(IoErrorKind::NoSpace) if !least && self.failed.is_none() => {
                 // Ahead of need there is no room; perhaps for one cluster there is.
                 let to = (self.allocator.next_fresh + 1) << self.geometry().cluster_bits();
                 self.emit_extend(to, true);
             }
-            Err(_) if self.allocator.scan < self.allocator.scan_end => {
-                self.allocator.full = true;
-                self.wake(|wait| wait == Wait::Extend);
+            Err(kind) => {
+                mark!("reserve.file_cannot_grow");
+                self.allocator.error = Some(kind);
             }
-            Err(kind) => self.wake_failing(kind, |wait| wait == Wait::Extend),
+        }
+    }
+
+    /// The file, or the refcount table, cannot grow.
+    pub(crate) fn no_fresh(&mut self, kind: IoErrorKind) {
+        self.allocator.error = Some(kind);
+    }
+
+    /// After `refill`: if nothing fresh can be reserved, and nothing is on its way from elsewhere,
+    /// those who wait for a cluster fail.
+    pub(crate) fn check_starved(&mut self) {
+        let Some(kind) = self.allocator.error else { return };
+        let scanning = self.allocator.scan < self.allocator.scan_end;
+        if self.allocator.reserved() == 0 && !scanning && !self.allocator.extending {
+            // The next write that wants a cluster tries again; without one nobody does.
+            self.allocator.error = None;
+            self.allocator.wanted = false;
+            self.wake_failing(kind, |wait| wait == Wait::Reserve);
         }
     }
 
     /// A refcount block for the range that `cluster` lies in, at `cluster` itself: it counts
     /// itself. The space is fresh, so all of the block but that one entry is zeros on disk already.
-    fn new_refcount_block(&mut self, cluster: u64) -> Step<()> {
-        if self.round.holds() {
-            // The table page must not name a block that this round does not make durable.
-            return Err(Stop::Wait(Wait::Round));
+    fn new_refcount_block(&mut self, cluster: u64) -> bool {
+        if self.extended_over(cluster, 1) == 0 {
+            return false;
         }
-        self.extend_over(cluster, 1)?;
         let geometry = self.geometry();
         let within = cluster & (geometry.refcounts_per_block() - 1);
         let block = HostCluster::new(cluster).expect("fresh clusters lie behind the header");
@@ -286,8 +502,8 @@ impl Engine {
             Lookup::Loading => unreachable!("nobody reads a block that no table names"),
             Lookup::Absent => {
                 let Some(slot) = self.refcount_cache.begin_load(page) else {
-                    self.round.wanted = true;
-                    return Err(Stop::Wait(Wait::Slot(Which::Refcounts)));
+                    self.round.wanted |= self.refcount_cache.is_unclean();
+                    return false;
                 };
                 self.refcount_cache.finish_zero(slot);
                 slot
@@ -295,48 +511,74 @@ impl Engine {
         };
         if !self.refcount_cache.may_dirty(slot) {
             self.round.wanted = true;
-            return Err(Stop::Wait(Wait::Round));
+            return false;
         }
         let index = within & ((1 << geometry.refcount_page_bits()) - 1);
         self.refcount_cache.set_refcount(slot, usize::try_from(index).expect("below 2048"), 1);
-        let word = copied_word(geometry.host_start(block)) & !crate::entry::COPIED;
-        self.refcount_table.set(cluster >> geometry.refblock_bits(), word);
+        let entry = cluster >> geometry.refblock_bits();
+        let round = self.next_round();
+        mark!("reserve.new_refcount_block");
+        self.allocator.new_blocks.push(NewBlock { index: entry, round, linked: false });
+        self.refcount_table.set(entry, geometry.host_start(block).0);
         self.metadata.insert(cluster);
         self.allocator.next_fresh = cluster + 1;
         self.stats.allocated_metadata += 1;
         self.note_dirty();
-        Ok(())
+        true
     }
 
-    /// Gives clusters back that nothing on disk refers to. Nothing may be in flight to them.
-    pub(crate) fn release(&mut self, at: HostCluster, count: u64) {
-        self.allocator.frees.extend(at.index()..at.index() + count);
+    /// The first fdatasync of a round has returned: what was reserved before the round is durable.
+    pub(crate) fn reserve_synced(&mut self, round: u64) {
+        for block in &mut self.allocator.new_blocks {
+            if block.round <= round && !block.linked {
+                block.linked = true;
+                // The page on disk had this entry hidden: it has to be written once more.
+                self.refcount_table.touch(block.index);
+            }
+        }
+        self.admit(round);
     }
 
-    pub(crate) fn has_frees(&self) -> bool {
-        !self.allocator.frees.is_empty()
+    /// The second one has: so are the refcount table entries.
+    pub(crate) fn tables_synced(&mut self, round: u64) {
+        self.allocator.new_blocks.retain(|block| !block.linked);
+        self.admit(round);
     }
 
-    /// Lowers the refcounts of released clusters, as far as their pages are there.
-    pub(crate) fn free_clusters(&mut self) {
-        while self.failed.is_none()
-            && let Some(&cluster) = self.allocator.frees.last()
-        {
-            let RefcountPlace::Page(page, index) = self.refcount_place(cluster) else {
-                // It was allocated, so it has a refcount.
-                debug_assert!(false, "cluster {cluster} has no refcount");
-                self.allocator.frees.pop();
-                continue;
-            };
-            // When there is no page or no room, the next completion comes by here again.
-            let Ok(slot) = self.refcount_page(page) else { return };
-            self.allocator.frees.pop();
-            let refcount = self.refcount_cache.refcount(slot, index).saturating_sub(1);
-            self.refcount_cache.set_refcount(slot, index, refcount);
-            // If it was more than 1 in an image that counts wrongly, the scan passes over it.
-            self.allocator.scan = self.allocator.scan.min(cluster);
-            self.allocator.scan_end = self.allocator.scan_end.max(cluster + 1);
-            self.note_dirty();
+    /// Moves into the pool what is durable and counted by a block that the table names.
+    fn admit(&mut self, round: u64) {
+        let bits = self.geometry().refblock_bits();
+        let mut number = 0;
+        while let Some(&pending) = self.allocator.pending.get(number) {
+            let durable = pending.round.is_some_and(|made| made <= round);
+            let block = pending.start >> bits;
+            if durable && !self.allocator.new_blocks.iter().any(|new| new.index == block) {
+                self.allocator.pending.remove(number);
+                self.allocator.pending_clusters -= pending.count;
+                self.allocator.add_to_pool(pending.start, pending.count, pending.space);
+            } else {
+                number += 1;
+            }
+        }
+        if self.allocator.pool != 0 {
+            self.wake(|wait| wait == Wait::Reserve);
+        }
+    }
+
+    /// Gives the reservation back: the refcounts go down, and the end of the file with them.
+    pub(crate) fn return_reserve(&mut self) {
+        self.allocator.stopped = true;
+        let pool: Vec<_> =
+            self.allocator.zero.drain(..).chain(self.allocator.stale.drain(..)).collect();
+        let pending = self.allocator.pending.drain(..).map(|p| (p.start, p.count));
+        let mut all: Vec<_> = pool.into_iter().chain(pending).collect();
+        (self.allocator.pool, self.allocator.pending_clusters) = (0, 0);
+        all.sort_unstable();
+        for (start, count) in all.into_iter().rev() {
+            if start + count == self.allocator.next_fresh {
+                self.allocator.next_fresh = start;
+            }
+            self.quarantine.lower_only(start, count);
         }
     }
 }

@@ -13,6 +13,7 @@ use alloc::vec::Vec;
 use byteorder::{BigEndian, ByteOrder};
 
 use crate::geometry::Geometry;
+use crate::planted::{self, Bug};
 
 /// A slot of the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,6 +145,13 @@ impl Cache {
             match slot.state {
                 State::Free => return Some(id),
                 State::Loading => {}
+                State::Resident if slot.dirty && planted::is(Bug::EvictedPageForgotten) => {
+                    slot.dirty = false;
+                    self.unclean -= usize::from(!slot.writing);
+                    if !slot.writing {
+                        return Some(id);
+                    }
+                }
                 State::Resident if slot.dirty || slot.writing => {}
                 State::Resident if slot.referenced => slot.referenced = false,
                 State::Resident => return Some(id),
@@ -276,11 +284,18 @@ impl Cache {
         debug_assert!(slot.dirty && !slot.writing, "one write of a page at a time");
         slot.dirty = false;
         slot.writing = true;
+        if planted::is(Bug::CleanBeforeWritten) {
+            slot.writing = false;
+            self.unclean -= 1;
+        }
     }
 
     /// The write has ended; a failed one leaves the page dirty.
     pub(crate) fn end_write(&mut self, id: SlotId, ok: bool) {
         let slot = &mut self.slots[id.at()];
+        if planted::is(Bug::CleanBeforeWritten) {
+            return;
+        }
         debug_assert!(slot.writing);
         slot.writing = false;
         slot.dirty |= !ok;

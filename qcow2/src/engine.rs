@@ -16,63 +16,27 @@ use alloc::vec::Vec;
 
 use crate::allocator::Allocator;
 use crate::cache::Cache;
+use crate::copy::Copies;
 use crate::entry::Decoder;
+use crate::epoch::Epochs;
 use crate::error::{Failure, FailureKind, IoErrorKind, OpenError};
 use crate::flush::Round;
 use crate::geometry::Geometry;
 use crate::header::Header;
 use crate::image::Image;
+use crate::mark;
 use crate::metaset::MetaSet;
-use crate::op::{FileId, Op, OpId, OpKind, Outcome, Reply, Request};
+use crate::op::{Op, OpId, OpKind, Outcome, Reply, Request};
 use crate::optable::{OpTable, Owner};
 use crate::options::Options;
+use crate::overlay::Overlay;
+use crate::planted::{self, Bug};
+use crate::quarantine::Quarantine;
+use crate::report::{Health, Memory, Stats};
 use crate::request::{RequestId, RequestState, Step, Stop, Wait};
 use crate::table::Table;
 use crate::write::NewTable;
-
-/// Counters since open.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Guest reads that were replied to.
-    pub reads: u64,
-    /// Guest writes that were replied to.
-    pub writes: u64,
-    /// Guest FLUSHes that were replied to.
-    pub flushes: u64,
-    /// fdatasyncs issued.
-    pub syncs: u64,
-    /// Host clusters allocated for guest data.
-    pub allocated_data: u64,
-    /// Host clusters allocated for metadata.
-    pub allocated_metadata: u64,
-    /// Pages that had to be read.
-    pub cache_misses: u64,
-    /// Metadata reads issued.
-    pub metadata_reads: u64,
-    /// Metadata writes issued.
-    pub metadata_writes: u64,
-    /// Requests that ended with an error.
-    pub errors: u64,
-}
-
-/// Memory in use, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Memory {
-    /// Budget of the L2 and refcount caches; committed by use.
-    pub caches: u64,
-    /// L1 table, refcount table and the set of metadata clusters; grows with the image.
-    pub tables: u64,
-}
-
-/// Whether the image still takes writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Health {
-    /// All is well.
-    Good,
-    /// A metadata write or an fdatasync failed, or the image contradicts itself: writes and
-    /// FLUSHes fail from now on, reads go on.
-    Failed(Failure),
-}
+use crate::zero::Zeroing;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Life {
@@ -120,9 +84,15 @@ pub struct Engine {
     pub(crate) l2_cache: Cache,
     pub(crate) refcount_cache: Cache,
     pub(crate) allocator: Allocator,
+    pub(crate) overlay: Overlay,
+    pub(crate) quarantine: Quarantine,
+    pub(crate) copies: Copies,
+    /// Bytes of the file beneath, if there is one.
+    pub(crate) backing_len: Option<u64>,
     pub(crate) round: Round,
-    /// Some write has completed since the submission of the last successful fdatasync.
-    pub(crate) volatile: bool,
+    pub(crate) epochs: Epochs,
+    /// Of all clusters allocated since open, so many have durable mappings.
+    pub(crate) allocated_durable: u64,
     pub(crate) now_ms: u64,
     /// When metadata became dirty, if it is.
     pub(crate) dirty_since_ms: Option<u64>,
@@ -140,9 +110,12 @@ impl Engine {
         options.validate(geometry.cluster_size())?;
         let count = usize::from(options.queues) * usize::from(options.depth);
         let (l2_pages, refcount_pages, staging) = sizes(&image, options);
+        let (overlay, copy_buffers) = if options.stress { (4, 1) } else { (4096, 16) };
+        // At least as many as one request may want to take at a time, and a table.
+        let reservation = (options.reservation >> geometry.cluster_bits()).max(4);
         let metadata_end = geometry.clusters_for(image.file_len);
         let per_queue = count / usize::from(options.queues);
-        let ops = OpTable::new(count, staging, geometry);
+        let ops = OpTable::new(count, staging, copy_buffers, geometry);
         let out = vec![VecDeque::with_capacity(ops.capacity()); options.queues.into()];
         let replies = vec![VecDeque::with_capacity(per_queue); options.queues.into()];
         let mut engine = Self {
@@ -169,15 +142,23 @@ impl Engine {
             metadata: image.metadata,
             l2_cache: Cache::new(l2_pages, geometry),
             refcount_cache: Cache::new(refcount_pages, geometry),
-            allocator: Allocator::new(metadata_end),
+            allocator: Allocator::new(metadata_end, reservation),
+            overlay: Overlay::new(overlay),
+            quarantine: Quarantine::new(),
+            copies: Copies::new(copy_buffers, count),
+            backing_len: image.backing_len,
             round: Round::default(),
             // A process may have died a moment ago: what was read is not durable.
-            volatile: !options.read_only,
+            epochs: Epochs::new(!options.read_only),
+            allocated_durable: 0,
             now_ms: 0,
             dirty_since_ms: None,
             stats: Stats::default(),
         };
-        if !options.read_only {
+        engine.round.reserve(overlay);
+        if planted::is(Bug::OpenWithoutSync) {
+            (engine.life, engine.epochs) = (Life::Serving, Epochs::new(false));
+        } else if !options.read_only {
             engine.emit_sync(Owner::FirstSync);
         }
         Ok(engine)
@@ -208,7 +189,10 @@ impl Engine {
 
     fn is_valid(&self, request: Request) -> bool {
         match request {
-            Request::Read { offset, len } | Request::Write { offset, len, .. } => {
+            Request::Read { offset, len }
+            | Request::Write { offset, len, .. }
+            | Request::WriteZeroes { offset, len, .. }
+            | Request::Discard { offset, len } => {
                 let end = offset.checked_add(len.into());
                 let inside = end.is_some_and(|end| end <= self.virtual_size);
                 inside && len != 0 && offset % 512 == 0 && len % 512 == 0
@@ -226,11 +210,16 @@ impl Engine {
             OpKind::Write { .. }
                 | OpKind::WriteZeros { .. }
                 | OpKind::MetaWrite { .. }
+                | OpKind::CopyWrite { .. }
+                | OpKind::ZeroRange { .. }
                 | OpKind::Extend { .. }
                 | OpKind::Truncate { .. }
         );
-        // Also when it failed: some of it may have got there.
-        self.volatile |= writes;
+        // Also when it failed: some of it may have got there. (A punch need not become durable:
+        // whoever takes the cluster next zeroes it.)
+        if writes {
+            self.epochs.note_write();
+        }
         let outcome = match outcome {
             Outcome::Short(done) => {
                 // A short transfer is one of less than the whole; a driver's bug would end here.
@@ -276,7 +265,8 @@ impl Engine {
     /// The next operation for `queue` to carry out.
     pub fn next_op(&mut self, queue: u16) -> Option<Op> {
         let id = self.out[usize::from(queue)].pop_front()?;
-        Some(Op { id, file: FileId::Image, kind: self.ops.get(id).kind })
+        let state = self.ops.get(id);
+        Some(Op { id, file: state.file, kind: state.kind })
     }
 
     /// The next answer to a request of `queue`.
@@ -327,13 +317,48 @@ impl Engine {
     /// Counters.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.stats
+        Stats {
+            reserved: self.allocator.reserved(),
+            quarantined: self.quarantine.clusters(),
+            overlay: self.overlay.len() as u64,
+            ..self.stats
+        }
+    }
+
+    /// Copy buffers of [`COPY_BUFFER`](crate::COPY_BUFFER) bytes that the driver has to have.
+    #[must_use]
+    pub fn copy_buffers(&self) -> usize {
+        self.copies.buffers()
+    }
+
+    /// Host clusters that a crash at this moment may leave counted and not used.
+    #[must_use]
+    pub fn leak_bound(&self) -> u64 {
+        let allocated = self.stats.allocated_data + self.stats.allocated_metadata;
+        self.allocator.reserved() + self.quarantine.clusters() + allocated - self.allocated_durable
+    }
+
+    /// How many clusters of those allocated have a mapping that the next round makes durable.
+    pub(crate) fn allocated_and_settled(&self) -> u64 {
+        let allocated = self.stats.allocated_data + self.stats.allocated_metadata;
+        let tables = self.new_tables.len() as u64;
+        allocated.saturating_sub(self.in_progress() + tables)
     }
 
     /// Operations that may be under way at the same time.
     #[must_use]
     pub fn max_ops(&self) -> usize {
         self.ops.capacity()
+    }
+
+    /// For tests: what every request waits for, and what the round does.
+    #[cfg(feature = "testing")]
+    #[must_use]
+    pub fn waits(&self) -> alloc::string::String {
+        let active = self.requests.iter().filter(|state| state.request.is_some());
+        let waits: Vec<_> = active.map(|state| (state.wait, state.pending)).collect();
+        let round = (self.round.phase, self.round.wanted, self.round.writes, self.round.waiting);
+        alloc::format!("{waits:?} round {round:?} {:?} {:?}", self.allocator, self.quarantine)
     }
 
     /// Size of the virtual disk in bytes.
@@ -369,8 +394,10 @@ impl Engine {
             while let Some(id) = self.ready.pop_front() {
                 self.step(id);
             }
-            self.free_clusters();
+            self.advance_quarantine();
+            self.refill();
             let ended = self.advance_round();
+            self.check_starved();
             if self.ready.is_empty() && !ended {
                 break;
             }
@@ -392,6 +419,10 @@ impl Engine {
         let done = match request {
             Request::Read { .. } => self.step_read(id),
             Request::Write { fua, .. } => self.step_write(id, fua),
+            Request::WriteZeroes { unmap, .. } => {
+                self.step_zero(id, Zeroing { discard: false, unmap })
+            }
+            Request::Discard { .. } => self.step_zero(id, Zeroing { discard: true, unmap: true }),
             Request::Flush => self.step_flush(id),
         };
         match done {
@@ -413,8 +444,17 @@ impl Engine {
 
     /// Waits until all that is complete now is durable.
     pub(crate) fn durable(&mut self) -> Step<()> {
-        if self.volatile || self.is_dirty() || !self.round.is_idle() {
+        if self.epochs.is_volatile() || self.is_dirty() || !self.round.is_idle() {
+            if planted::is(Bug::FlushSkipped) && !self.is_dirty() {
+                return Ok(());
+            }
             self.round.wanted = true;
+            if planted::is(Bug::FlushJoinsRunningSync) && !self.round.is_idle() {
+                return Err(Stop::Wait(Wait::ThisFlush));
+            }
+            if !self.round.is_idle() {
+                mark!("flush.waits_for_next_round");
+            }
             return Err(Stop::Wait(Wait::NextFlush));
         }
         Ok(())
@@ -426,7 +466,11 @@ impl Engine {
         let result = state.error.map_or(Ok(()), Err);
         match state.request.take() {
             Some(Request::Read { .. }) => self.stats.reads += 1,
-            Some(Request::Write { .. }) => self.stats.writes += 1,
+            Some(Request::Write { fua, .. }) => {
+                self.stats.writes += 1;
+                self.stats.fua_writes += u64::from(fua);
+            }
+            Some(Request::WriteZeroes { .. } | Request::Discard { .. }) => self.stats.zeroes += 1,
             Some(Request::Flush) => self.stats.flushes += 1,
             None => unreachable!("only active requests make steps"),
         }
@@ -505,21 +549,29 @@ impl Engine {
         if self.active != 0 || self.ops.in_flight() != 0 {
             return;
         }
-        self.drop_new_tables();
         if self.failed.is_some() || self.options.read_only {
             self.life = Life::Closed;
-        } else if self.has_frees() {
-            self.free_clusters();
-            self.advance_round();
-        } else if self.volatile || self.is_dirty() {
+            return;
+        }
+        self.drop_new_tables();
+        self.return_reserve();
+        self.advance_quarantine();
+        let busy = self.ops.in_flight() != 0;
+        if !busy && (self.epochs.is_volatile() || self.is_dirty() || !self.quarantine.is_empty()) {
             self.round.wanted = true;
             self.advance_round();
-        } else if !truncated && self.allocator.unused_end(self.geometry()) < self.file_len {
+        } else if !busy && !truncated {
             self.life = Life::Closing { truncated: true };
-            let to = self.allocator.unused_end(self.geometry());
-            self.file_len = to;
-            self.emit(Owner::Truncate, OpKind::Truncate { to });
-        } else {
+            let mut to = self.allocator.unused_end(self.geometry());
+            if planted::is(Bug::TruncateTooShort) {
+                to -= self.geometry().cluster_size();
+            }
+            if to < self.file_len {
+                self.file_len = to;
+                self.emit(Owner::Truncate, OpKind::Truncate { to });
+            }
+            self.advance_close();
+        } else if !busy {
             self.life = Life::Closed;
         }
     }

@@ -143,6 +143,11 @@ pub(crate) fn copied_word(at: HostOffset) -> u64 {
     at.0 | COPIED
 }
 
+/// The same word (or none) for a cluster that reads as zeros. Version 3 only.
+pub(crate) fn zero_word(word: u64) -> u64 {
+    word | ZERO
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

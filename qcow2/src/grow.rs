@@ -18,10 +18,11 @@ use crate::error::IoErrorKind;
 use crate::flush::Phase;
 use crate::geometry::Geometry;
 use crate::header::{Extent, MAX_REFCOUNT_TABLE_BYTES};
+use crate::mark;
 use crate::metaset::Fixed;
 use crate::op::OpKind;
 use crate::optable::Owner;
-use crate::request::Wait;
+use crate::planted::{self, Bug};
 use crate::table::Table;
 use crate::units::HostCluster;
 
@@ -57,6 +58,12 @@ impl Engine {
         if self.round.waiting {
             return false;
         }
+        if self.allocator.must_grow && self.allocator.has_new_blocks() {
+            // The copy must be of a table whose every entry is on disk.
+            self.round.wanted = true;
+            self.round.enter(Phase::End);
+            return true;
+        }
         if !self.allocator.must_grow {
             self.round.enter(Phase::End);
             return true;
@@ -69,6 +76,10 @@ impl Engine {
         if len > MAX_REFCOUNT_TABLE_BYTES {
             self.give_up_growing(IoErrorKind::NoSpace);
             return true;
+        }
+        if planted::is(Bug::ReleaseBeforeSecured) {
+            let clusters = geometry.clusters_for(old.len);
+            self.quarantine.lower_only(old.offset >> geometry.cluster_bits(), clusters);
         }
         let mut words = self.refcount_table.words().to_vec();
         words.resize(usize::try_from(len / 8).expect("at most 2^20 entries"), 0);
@@ -90,7 +101,7 @@ impl Engine {
     fn give_up_growing(&mut self, kind: IoErrorKind) {
         self.allocator.must_grow = false;
         self.round.grown = None;
-        self.wake_failing(kind, |wait| wait == Wait::Grow);
+        self.no_fresh(kind);
         self.round.enter(Phase::End);
     }
 
@@ -113,7 +124,8 @@ impl Engine {
             let grown = self.round.grown.as_ref().expect("growing");
             let page = self.round.cursor as u64;
             if page == (grown.blocks + grown.table_clusters) * per_cluster {
-                return self.end_writes(Phase::SyncGrown);
+                self.round.enter(Phase::SyncGrown);
+                return true;
             }
             self.round.cursor += 1;
             let mut bytes = [0; Geometry::MAX_PAGE];
@@ -129,24 +141,17 @@ impl Engine {
     }
 
     pub(crate) fn grow_header(&mut self) -> bool {
-        if self.round.cursor != 0 {
-            if self.round.writes != 0 {
-                return false;
-            }
-            self.round.enter(Phase::SyncHeader);
-            return true;
-        }
         if !self.ops.has_staging() {
             return false;
         }
-        self.round.cursor = 1;
-        self.round.writes = 1;
+        self.round.writes += 1;
         let len = self.options.alignment as usize;
         let id = self.emit_meta_write(Owner::Header, 0, len);
         let grown = self.round.grown.as_ref().expect("growing");
         let header = self.header.with_refcount_table(grown.table.extent(), len);
         self.ops.staging_mut(id)[..len].copy_from_slice(header);
-        false
+        self.round.enter(Phase::SyncHeader);
+        true
     }
 
     /// The header that names the new table is durable.
@@ -163,7 +168,13 @@ impl Engine {
         self.allocator.must_grow = false;
         self.refcount_table = grown.table;
         let at = HostCluster::new(old.offset >> geometry.cluster_bits());
-        self.release(at.expect("checked at open"), geometry.clusters_for(old.len));
+        mark!("grow.moved");
+        if planted::is(Bug::ReleaseBeforeSecured) {
+            return;
+        }
+        // The header that named it is overwritten, durably: it is unlinked already, but takes the
+        // same way as all others.
+        self.quarantine(at.expect("checked at open"), geometry.clusters_for(old.len));
     }
 }
 
@@ -175,7 +186,7 @@ impl Grown {
         let block_pages = self.blocks << per_cluster_bits;
         if page >= block_pages {
             let page = usize::try_from(page - block_pages).expect("within the table");
-            self.table.copy_page(page, out);
+            self.table.copy_page(page, out, |_| false);
             return offset;
         }
         let (block, within) = (page >> per_cluster_bits, page & ((1 << per_cluster_bits) - 1));

@@ -3,6 +3,8 @@
 //! Parse, don't validate: a [`Header`] that exists belongs to an image that may be served. What is
 //! not served (yet) ends here with an error that names the feature and the header field.
 
+use alloc::vec::Vec;
+
 use byteorder::{BigEndian, ByteOrder};
 
 use crate::error::{FeatureName, OpenError, OpenErrorInner};
@@ -38,6 +40,16 @@ impl Extent {
     }
 }
 
+/// What the header says of the file beneath. The name is bytes and means nothing by itself: who
+/// opens it decides which files may be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// Its name, as it stands in the header.
+    pub name: Vec<u8>,
+    /// Its format (header extension "backing file format name"), if that is declared.
+    pub format: Option<Vec<u8>>,
+}
+
 /// The header of an image that may be served.
 #[derive(Clone, Debug)]
 pub struct Header {
@@ -46,8 +58,9 @@ pub struct Header {
     virtual_size: u64,
     l1: Extent,
     refcount_table: Extent,
+    backing: Option<Backing>,
     /// The first page of the file, to rewrite single fields of it.
-    page: alloc::vec::Vec<u8>,
+    page: Vec<u8>,
 }
 
 /// A name for a feature bit, the field, and what the user can do.
@@ -133,8 +146,14 @@ impl Header {
         let _ = read_only; // Nothing is served read-only that is not served otherwise, so far.
         let (version, cluster_bits) = Self::version_and_cluster_bits(bytes)?;
         let header_length = Self::header_length(bytes, version, cluster_bits)?;
-        let names = extensions(bytes, header_length, 1 << cluster_bits)?;
-        refuse_features(bytes, version, &names)?;
+        let backing = BackingName::parse(bytes, header_length, cluster_bits)?;
+        let end = backing.as_ref().map_or(1 << cluster_bits, |name| name.start);
+        let extensions = extensions(bytes, header_length, end)?;
+        refuse_features(bytes, version, &extensions.names)?;
+        let backing = backing.map(|found| Backing {
+            name: found.name.to_vec(),
+            format: extensions.backing_format.map(<[u8]>::to_vec),
+        });
         let geometry = Geometry::new(cluster_bits, 4);
         let virtual_size = BigEndian::read_u64(&bytes[24..]) & !511;
         if virtual_size == 0 || virtual_size > i64::MAX as u64 {
@@ -143,7 +162,7 @@ impl Header {
         let page = bytes[..geometry.page_size().min(bytes.len())].to_vec();
         let l1 = Self::l1(bytes, geometry, virtual_size, file_len)?;
         let refcount_table = Self::refcount_table(bytes, geometry, file_len)?;
-        Ok(Self { version, geometry, virtual_size, l1, refcount_table, page })
+        Ok(Self { version, geometry, virtual_size, l1, refcount_table, backing, page })
     }
 
     fn header_length(bytes: &[u8], version: u32, cluster_bits: u32) -> Result<usize, OpenError> {
@@ -205,6 +224,12 @@ impl Header {
     #[must_use]
     pub fn virtual_size(&self) -> u64 {
         self.virtual_size
+    }
+
+    /// The file beneath, if the image has one.
+    #[must_use]
+    pub fn backing(&self) -> Option<&Backing> {
+        self.backing.as_ref()
     }
 
     /// Where the active L1 table lies.
@@ -270,17 +295,50 @@ impl FeatureNames<'_> {
     }
 }
 
-/// Walks the header extensions (specification: "Header extensions") and returns the feature names.
-fn extensions(bytes: &[u8], start: usize, cluster: usize) -> Result<FeatureNames<'_>, OpenError> {
+/// The name of the file beneath, within the first cluster.
+struct BackingName<'a> {
+    start: usize,
+    name: &'a [u8],
+}
+
+impl<'a> BackingName<'a> {
+    fn parse(bytes: &'a [u8], header: usize, bits: u32) -> Result<Option<Self>, OpenError> {
+        let offset = BigEndian::read_u64(&bytes[8..]);
+        if offset == 0 {
+            return Ok(None);
+        }
+        let len = BigEndian::read_u32(&bytes[16..]);
+        if len == 0 || len > 1023 {
+            return Err(bounds("backing_file_size", len, "1 to 1023 bytes"));
+        }
+        let area = &bytes[..bytes.len().min(1 << bits)];
+        let start = usize::try_from(offset).ok().filter(|&start| start >= header);
+        let name = start.and_then(|start| area.get(start..)?.get(..len as usize));
+        let (Some(start), Some(name)) = (start, name) else {
+            let expected = "a place in the first cluster, behind the header";
+            return Err(bounds("backing_file_offset", offset, expected));
+        };
+        Ok(Some(Self { start, name }))
+    }
+}
+
+/// What is of interest in the header extensions.
+struct Extensions<'a> {
+    names: FeatureNames<'a>,
+    backing_format: Option<&'a [u8]>,
+}
+
+/// Walks the header extensions (specification: "Header extensions"), which end before `end`.
+fn extensions(bytes: &[u8], start: usize, end: usize) -> Result<Extensions<'_>, OpenError> {
     const END: u32 = 0;
     const FEATURE_NAMES: u32 = 0x6803_f857;
     const BITMAPS: u32 = 0x2385_2875;
     const ENCRYPTION: u32 = 0x0537_be77;
-    let mut names = FeatureNames(&[]);
-    let area = &bytes[..bytes.len().min(cluster)];
+    const BACKING_FORMAT: u32 = 0xe279_2aca;
+    let mut found = Extensions { names: FeatureNames(&[]), backing_format: None };
+    // The area ends with an END extension, at the backing file name, or with the cluster.
+    let area = &bytes[..bytes.len().min(end)];
     let mut at = start;
-    // The area ends with an END extension, at the backing file name, or with the cluster. An image
-    // with a backing file is refused below, so the name need not be looked for.
     while let Some(head) = area.get(at..at + 8) {
         let kind = BigEndian::read_u32(head);
         let len = BigEndian::read_u32(&head[4..]) as usize;
@@ -296,7 +354,8 @@ fn extensions(bytes: &[u8], start: usize, cluster: usize) -> Result<FeatureNames
             Err(OpenErrorInner::Feature { name, field, value: kind.into(), next }.into())
         };
         match kind {
-            FEATURE_NAMES => names = FeatureNames(data),
+            FEATURE_NAMES => found.names = FeatureNames(data),
+            BACKING_FORMAT => found.backing_format = Some(data),
             BITMAPS => {
                 let next = "remove them with 'qemu-img bitmap --remove'";
                 return refuse("an image with persistent bitmaps", next);
@@ -306,7 +365,7 @@ fn extensions(bytes: &[u8], start: usize, cluster: usize) -> Result<FeatureNames
         }
         at += 8 + len.next_multiple_of(8);
     }
-    Ok(names)
+    Ok(found)
 }
 
 const DECRYPT: &str = "decrypt it with 'qemu-img convert' first";
@@ -324,11 +383,6 @@ fn refuse_features(bytes: &[u8], version: u32, names: &FeatureNames) -> Result<(
         1 => return refuse("encryption (AES)", "crypt_method", 1, DECRYPT),
         2 => return refuse("encryption (LUKS)", "crypt_method", 2, DECRYPT),
         _ => return Err(bounds("crypt_method", crypt, "0, 1 or 2")),
-    }
-    let backing = BigEndian::read_u64(&bytes[8..]);
-    if backing != 0 {
-        let next = "merge it with 'qemu-img rebase -b \"\"' or 'qemu-img convert'";
-        return refuse("a backing file", "backing_file_offset", backing, next);
     }
     let snapshots = BigEndian::read_u32(&bytes[60..]);
     if snapshots != 0 {

@@ -16,6 +16,8 @@ pub struct Image {
     pub(crate) refcounts: Table,
     pub(crate) metadata: MetaSet,
     pub(crate) file_len: u64,
+    /// Bytes of the file beneath, if there is one.
+    pub(crate) backing_len: Option<u64>,
 }
 
 impl Image {
@@ -28,6 +30,20 @@ impl Image {
     /// metadata lies; an L1 entry without COPIED (there are no snapshots, so its refcount is
     /// wrong).
     pub fn new(
+        header: Header,
+        l1: &[u8],
+        refcount_table: &[u8],
+        file_len: u64,
+    ) -> Result<Self, OpenError> {
+        if header.backing().is_some() {
+            let (name, field) = ("a backing file that nobody opened", "backing_file_offset");
+            let next = "see Image::with_backing";
+            return Err(OpenErrorInner::Feature { name, field, value: 0, next }.into());
+        }
+        Self::check(header, l1, refcount_table, file_len)
+    }
+
+    fn check(
         header: Header,
         l1: &[u8],
         refcount_table: &[u8],
@@ -48,10 +64,27 @@ impl Image {
                 return Err(overlap(what, index, value));
             }
         }
-        let mut image = Self { header, decoder, l1, refcounts, metadata, file_len };
+        let backing_len = None;
+        let mut image = Self { header, decoder, l1, refcounts, metadata, file_len, backing_len };
         image.check_l1()?;
         image.check_refcounts()?;
         Ok(image)
+    }
+
+    /// The same for an image with a backing file of `backing_len` bytes: byte `n` of that is what
+    /// an unallocated byte `n` of the virtual disk reads as.
+    ///
+    /// # Errors
+    /// As [`Image::new`].
+    pub fn with_backing(
+        header: Header,
+        l1: &[u8],
+        refcount_table: &[u8],
+        file_len: u64,
+        backing_len: u64,
+    ) -> Result<Self, OpenError> {
+        let image = Self::check(header, l1, refcount_table, file_len)?;
+        Ok(Self { backing_len: Some(backing_len), ..image })
     }
 
     fn check_l1(&mut self) -> Result<(), OpenError> {
@@ -67,6 +100,9 @@ impl Image {
             if !self.metadata.insert(pointer.at.index()) {
                 return Err(overlap(table, index, value));
             }
+            if self.metadata.is_crowded() {
+                return Err(bad(CROWDED).into());
+            }
         }
         Ok(())
     }
@@ -79,6 +115,9 @@ impl Image {
             let Some(at) = found.map_err(|word| bad(word.text()))? else { continue };
             if !self.metadata.insert(at.index()) {
                 return Err(overlap(table, index, value));
+            }
+            if self.metadata.is_crowded() {
+                return Err(bad(CROWDED).into());
             }
         }
         Ok(())
@@ -96,6 +135,8 @@ impl Image {
         geometry.l1_entries_for(self.virtual_size()) << geometry.cluster_bits()
     }
 }
+
+const CROWDED: &str = "the tables lie so that finding them would take unreasonably long";
 
 fn overlap(table: &'static str, index: u64, value: u64) -> OpenError {
     let why = "it overlaps other metadata";

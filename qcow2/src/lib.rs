@@ -26,10 +26,10 @@
 //!
 //! # The order on disk
 //!
-//! Metadata changes in memory and reaches the disk in rounds, in an order that leaves an image with
-//! leaked clusters at the worst, whatever a power cut or a killed process keeps: data and
-//! refcounts, then the refcount table, then L2, then L1, with an fdatasync between each. The
-//! argument is at the head of [`flush`].
+//! Metadata changes in memory and reaches the disk in rounds, in an order that leaves an image
+//! with leaked clusters at the worst, whatever a power cut or a killed process keeps (soft
+//! updates). Preparing things early makes most of that order free: a FLUSH costs one fdatasync,
+//! or two. The argument is at the head of [`flush`].
 //!
 //! # What always holds
 //!
@@ -49,50 +49,65 @@
 //! | [`units`], [`geometry`] | offsets and clusters as types; the constants of an image |
 //! | [`header`], [`entry`] | on-disk words and what they mean; what is refused, by name |
 //! | [`image`] | a checked image, ready for the engine |
-//! | [`table`], [`cache`], [`metaset`] | L1 and refcount table; L2 and refcount pages; overlap set |
-//! | [`engine`] | events, actions, waiting and waking, failure, closing |
+//! | [`table`], [`cache`], [`metaset`] | L1 and refcount table; L2 and refcount pages; overlaps |
+//! | [`engine`], [`report`] | events, actions, waiting, waking, failure, closing; counters |
 //! | [`progress`], [`pages`] | operations and their completion; reading pages of tables |
 //! | [`request`], [`optable`], [`op`] | requests, operations under way, what crosses the border |
-//! | [`read`], [`write`] | the steps of reads and writes |
-//! | [`allocator`] | free clusters, refcounts, the end of the file |
+//! | [`read`], [`write`], [`zero`], [`copy`] | the steps of each kind of request; copy-on-write |
+//! | [`allocator`], [`quarantine`] | the reservation of free clusters; the way back to being free |
+//! | [`epoch`], [`overlay`] | what an fdatasync covers; mappings whose data it does not yet |
 //! | [`flush`], [`grow`] | rounds, and moving the refcount table |
 //! | [`options`], [`error`] | options from the command line; what goes wrong |
+//! | [`check`] | a consistency checker that shares nothing with the engine |
+//! | `testing` | a simulated disk and what drives it (feature `testing`) |
 
 #![no_std]
 #![forbid(unsafe_code)]
 #![expect(rustdoc::private_intra_doc_links, reason = "the tour is for those who build it, too")]
 
 extern crate alloc;
+#[cfg(feature = "testing")]
+extern crate std;
 
 mod allocator;
 mod cache;
+pub mod check;
+mod copy;
 mod engine;
 mod entry;
+mod epoch;
 mod error;
 mod flush;
 mod geometry;
 mod grow;
 mod header;
 mod image;
+pub mod marks;
 mod metaset;
 mod op;
 mod optable;
 mod options;
+mod overlay;
 mod pages;
+pub mod planted;
 mod progress;
+mod quarantine;
 mod read;
+mod report;
 mod request;
 mod table;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod units;
 mod write;
+mod zero;
 
-pub use engine::{Engine, Health, Memory, Stats};
+pub use engine::Engine;
 pub use error::{Failure, FailureKind, IoErrorKind, OpenError, OpenErrorKind};
 pub use geometry::Geometry;
-pub use header::{Extent, Header};
+pub use header::{Backing, Extent, Header};
 pub use image::Image;
-pub use op::{FileId, Op, OpId, OpKind, Outcome, Reply, Request};
+pub use op::{COPY_BUFFER, FileId, Op, OpId, OpKind, Outcome, Reply, Request};
 pub use options::Options;
+pub use report::{Health, Memory, Stats};
 pub use units::{ClusterCount, GuestCluster, GuestOffset, HostCluster, HostOffset};

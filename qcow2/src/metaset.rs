@@ -17,9 +17,13 @@ use crate::header::Extent;
 pub(crate) struct MetaSet {
     slots: Vec<u64>,
     len: usize,
+    crowded: bool,
     /// Clusters `start..end`: the header, the L1 table, the refcount table.
     ranges: [(u64, u64); 3],
 }
+
+/// More steps to find a cluster are no accident.
+const MAX_PROBES: usize = 512;
 
 /// Which range of clusters: a place in `ranges`, whose first is the header's for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +36,7 @@ impl MetaSet {
     /// An empty set with room for `expected` clusters before it has to grow.
     pub(crate) fn new(expected: usize) -> Self {
         let slots = (expected * 2).next_power_of_two().max(64);
-        Self { slots: vec![0; slots], len: 0, ranges: [(0, 1), (0, 0), (0, 0)] }
+        Self { slots: vec![0; slots], len: 0, crowded: false, ranges: [(0, 1), (0, 0), (0, 0)] }
     }
 
     /// Says where a fixed table lies. False if that overlaps what is known.
@@ -91,10 +95,19 @@ impl MetaSet {
     fn place(&mut self, cluster: u64) {
         let mask = self.slots.len() - 1;
         let mut at = self.home(cluster);
+        let mut probes = 0;
         while self.slots[at] != 0 {
             at = (at + 1) & mask;
+            probes += 1;
         }
         self.slots[at] = cluster;
+        self.crowded |= probes > MAX_PROBES;
+    }
+
+    /// Do the clusters lie so that looking one up takes long? At most half full, a table has runs
+    /// of a few dozen by chance; more is an image made to slow us down.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.crowded
     }
 
     /// Bytes of memory.

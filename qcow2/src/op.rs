@@ -5,11 +5,13 @@
 
 use crate::error::IoErrorKind;
 
-/// A file of the image. (Backing and data files get numbers of their own when they are served.)
+/// A file of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FileId {
     /// The qcow2 file itself.
     Image,
+    /// What lies beneath: its byte `n` is byte `n` of the virtual disk. Only ever read.
+    Backing,
 }
 
 /// A guest request, in bytes. Offsets and lengths are multiples of 512.
@@ -31,9 +33,30 @@ pub enum Request {
         /// Reply only when the bytes and their mapping would survive a power cut.
         fua: bool,
     },
+    /// Make a range of the virtual disk read as zeros, whatever lies beneath.
+    WriteZeroes {
+        /// First byte on the virtual disk.
+        offset: u64,
+        /// Bytes.
+        len: u32,
+        /// Whole clusters may give their host cluster back; otherwise (NOUNMAP) they keep it, so
+        /// that later writes to them need no new space.
+        unmap: bool,
+    },
+    /// Nobody needs the bytes of a range any more. Whole clusters are unmapped and read as zeros;
+    /// the rest of the range stays as it is.
+    Discard {
+        /// First byte on the virtual disk.
+        offset: u64,
+        /// Bytes.
+        len: u32,
+    },
     /// Reply when all that was replied to before would survive a power cut.
     Flush,
 }
+
+/// Bytes of one copy buffer. Larger copies go through in pieces.
+pub const COPY_BUFFER: u32 = 64 << 10;
 
 /// Names an operation between [`Engine::next_op`](crate::Engine::next_op) and
 /// [`Engine::complete`](crate::Engine::complete). Small and dense: an index into a fixed table.
@@ -110,6 +133,42 @@ pub enum OpKind {
         offset: u64,
         /// Bytes, at most [`Geometry::MAX_PAGE`](crate::Geometry::MAX_PAGE).
         len: u32,
+    },
+    /// Read `len` bytes at `offset` of the file (the image or what lies beneath it) into the first
+    /// bytes of copy buffer `buffer`. Bytes past the end of the file count as zeros.
+    CopyRead {
+        /// Which copy buffer.
+        buffer: u16,
+        /// First byte in the file.
+        offset: u64,
+        /// Bytes, at most [`COPY_BUFFER`].
+        len: u32,
+    },
+    /// Write the first `len` bytes of copy buffer `buffer` to `offset` of the image.
+    CopyWrite {
+        /// Which copy buffer.
+        buffer: u16,
+        /// First byte in the file.
+        offset: u64,
+        /// Bytes, at most [`COPY_BUFFER`].
+        len: u32,
+    },
+    /// Make `len` bytes at `offset` read as zeros and keep (or get) host space for them, so that
+    /// later writes there need none (fallocate with ZERO_RANGE). `Unsupported` is no failure:
+    /// the bytes are anything then.
+    ZeroRange {
+        /// First byte in the file.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Give the host space of `len` bytes at `offset` back (punch a hole, keep the size): they
+    /// read as zeros afterwards. `Unsupported` is no failure: then they read as anything.
+    Punch {
+        /// First byte in the file.
+        offset: u64,
+        /// Bytes.
+        len: u64,
     },
     /// fdatasync. Covers exactly what had completed when this was submitted.
     Sync,

@@ -4,8 +4,9 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::cache::SlotId;
+use crate::copy::CopyId;
 use crate::geometry::Geometry;
-use crate::op::{OpId, OpKind};
+use crate::op::{FileId, OpId, OpKind};
 use crate::request::{RequestId, Which};
 
 /// On whose behalf an operation runs, and so what its completion means.
@@ -13,8 +14,14 @@ use crate::request::{RequestId, Which};
 pub(crate) enum Owner {
     /// A guest request: its payload, or zeros around it.
     Request(RequestId),
+    /// Copy-on-write for a guest request: a job in [`crate::copy`].
+    Copy(CopyId),
     /// A new L2 table for this L1 entry is being zeroed.
     NewTable(u64),
+    /// Recycled clusters from this one on are being zeroed.
+    Reserved(u64),
+    /// Clusters from this one on are being punched.
+    Punch(u64),
     /// A page is being read into a cache.
     Load(Which, SlotId),
     /// A page of a cache is being written.
@@ -41,11 +48,14 @@ pub(crate) enum Owner {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OpState {
     pub(crate) owner: Owner,
+    pub(crate) file: FileId,
     pub(crate) kind: OpKind,
     pub(crate) queue: u16,
     pub(crate) staging: Option<u16>,
     /// How often a short transfer was taken up again without progress of the whole.
     pub(crate) retries: u8,
+    /// Rises with every operation.
+    pub(crate) number: u64,
 }
 
 /// All operations, and the staging memory.
@@ -58,19 +68,26 @@ pub(crate) struct OpTable {
     staging_free: Vec<u16>,
     staging: Vec<u8>,
     page_size: usize,
+    /// Places that only copies and the operations that exist once may take.
+    kept: usize,
+    next_number: u64,
 }
 
 /// Operations that one step of a request makes at the most: zeros before, payload, zeros behind.
 pub(crate) const OPS_PER_STEP: usize = 3;
 
-/// Metadata operations that need no staging: syncs, extends, zeroed tables.
+/// Operations of which there is one at a time: syncs, extends, the truncate.
+const FIXED_OPS: usize = 8;
+
+/// Operations without staging of which there may be many: zeroed tables, zeroed and punched runs.
 const OTHER_OPS: usize = 64;
 
 impl OpTable {
-    pub(crate) fn new(requests: usize, staging: u16, geometry: Geometry) -> Self {
+    pub(crate) fn new(requests: usize, staging: u16, copies: u16, geometry: Geometry) -> Self {
         // Twice as many as requests, so that each can have an extent in flight and another queued.
         let payload = requests * 2 + OPS_PER_STEP;
-        let total = payload + usize::from(staging) + OTHER_OPS;
+        let kept = usize::from(copies) + FIXED_OPS;
+        let total = payload + usize::from(staging) + kept + OTHER_OPS;
         let total32 = u32::try_from(total).expect("at most 2^16 requests");
         let page_size = geometry.page_size();
         Self {
@@ -80,6 +97,8 @@ impl OpTable {
             staging_free: (0..staging).rev().collect(),
             staging: vec![0; usize::from(staging) * page_size],
             page_size,
+            kept,
+            next_number: 0,
         }
     }
 
@@ -99,21 +118,28 @@ impl OpTable {
 
     /// May an operation without staging be made for metadata?
     pub(crate) fn has_room(&self) -> bool {
-        self.free.len() > self.payload_left + self.staging_free.len()
+        self.free.len() > self.payload_left + self.staging_free.len() + self.kept
     }
 
     pub(crate) fn has_staging(&self) -> bool {
         !self.staging_free.is_empty()
     }
 
+    pub(crate) fn staging_left(&self) -> usize {
+        self.staging_free.len()
+    }
+
     /// Makes an operation. The caller has asked for room before.
-    pub(crate) fn insert(&mut self, owner: Owner, kind: OpKind, queue: u16) -> OpId {
+    pub(crate) fn insert(&mut self, owner: Owner, file: FileId, kind: OpKind, queue: u16) -> OpId {
         let id = self.free.pop().expect("callers ask for room first");
         self.payload_left -= usize::from(matches!(owner, Owner::Request(_)));
         let staged = matches!(kind, OpKind::MetaRead { .. } | OpKind::MetaWrite { .. });
         let staging =
             staged.then(|| self.staging_free.pop().expect("callers ask for staging first"));
-        self.states[id as usize] = Some(OpState { owner, kind, queue, staging, retries: 0 });
+        let number = self.next_number;
+        self.next_number += 1;
+        let state = OpState { owner, file, kind, queue, staging, retries: 0, number };
+        self.states[id as usize] = Some(state);
         OpId(id)
     }
 
@@ -131,6 +157,18 @@ impl OpTable {
         self.payload_left += usize::from(matches!(state.owner, Owner::Request(_)));
         self.staging_free.extend(state.staging);
         state
+    }
+
+    /// The number that the next operation will have.
+    pub(crate) fn next_number(&self) -> u64 {
+        self.next_number
+    }
+
+    /// The number of the oldest operation under way that reads or writes guest data.
+    pub(crate) fn oldest_payload(&self) -> u64 {
+        let payload = |op: &&OpState| matches!(op.owner, Owner::Request(_) | Owner::Copy(_));
+        let under_way = self.states.iter().flatten().filter(payload);
+        under_way.map(|op| op.number).min().unwrap_or(u64::MAX)
     }
 
     /// The staging buffer of an operation that has one.

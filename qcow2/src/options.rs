@@ -19,7 +19,8 @@ pub struct Options {
     pub staging: u16,
     /// Offset and length of every access to the file are multiples of this (512 or 4096).
     pub alignment: u32,
-    /// How far the file is extended ahead of need.
+    /// Host space that is reserved ahead of need: refcounts raised, the file extended. A crash
+    /// leaks at most so much.
     pub reservation: u64,
     /// For tests: two slices per cache and one staging slot, so that every wait is waited.
     pub stress: bool,
@@ -37,7 +38,7 @@ impl Default for Options {
             refcount_cache: 1 << 20,
             staging: 32,
             alignment: 512,
-            reservation: 4 << 20,
+            reservation: 16 << 20,
             stress: false,
             max_dirty_ms: 5000,
         }

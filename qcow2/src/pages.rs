@@ -18,6 +18,15 @@ impl Engine {
     /// Begins to read a page that is absent. `Err` says what to wait for: the page itself, or what
     /// is needed to read it.
     pub(crate) fn load(&mut self, which: Which, page: u64) -> Stop {
+        // The last buffer is the round's: readers that take turns must not keep it from ending.
+        if self.ops.staging_left() <= usize::from(!self.round.is_idle()) {
+            return Stop::Wait(Wait::Staging);
+        }
+        self.load_for_round(which, page)
+    }
+
+    /// The same for a round, which may use the last staging buffer.
+    pub(crate) fn load_for_round(&mut self, which: Which, page: u64) -> Stop {
         if !self.ops.has_staging() {
             return Stop::Wait(Wait::Staging);
         }
@@ -55,9 +64,14 @@ impl Engine {
             self.cache(which).abandon_load(slot);
             self.incident(FailureKind::MetadataRead, offset);
             if which == Which::Refcounts {
-                self.allocator.stop_recycling();
+                self.allocator.unreadable();
+                self.abandon_lowering(page);
             }
             self.wake_failing(IoErrorKind::Io, |wait| wait == Wait::Page(which, page));
+            if which == Which::L2 && self.is_folding_into(page) {
+                // Acknowledged mappings belong into this page, and can't get there.
+                self.fail(FailureKind::MetadataRead, offset);
+            }
         }
         self.wake(|wait| wait == Wait::Slot(which));
     }
@@ -67,6 +81,7 @@ impl Engine {
             || self.refcount_cache.is_unclean()
             || self.l1.is_dirty()
             || self.refcount_table.is_dirty()
+            || !self.overlay.is_empty()
     }
 
     pub(crate) fn note_dirty(&mut self) {

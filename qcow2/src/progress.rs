@@ -2,8 +2,10 @@
 
 use crate::engine::{Engine, Life};
 use crate::error::{FailureKind, IoErrorKind};
-use crate::op::{OpId, OpKind, Outcome};
+use crate::mark;
+use crate::op::{FileId, OpId, OpKind, Outcome};
 use crate::optable::Owner;
+use crate::planted::{self, Bug};
 use crate::request::{RequestId, Wait};
 
 /// How often an operation without any progress is taken up again.
@@ -11,6 +13,10 @@ const MAX_RETRIES: u8 = 3;
 
 impl Engine {
     pub(crate) fn emit(&mut self, owner: Owner, kind: OpKind) -> OpId {
+        self.emit_to(owner, FileId::Image, kind)
+    }
+
+    pub(crate) fn emit_to(&mut self, owner: Owner, file: FileId, kind: OpKind) -> OpId {
         let queue = match owner {
             Owner::Request(id) => {
                 self.requests[id].pending += 1;
@@ -18,14 +24,14 @@ impl Engine {
             }
             _ => self.current_queue,
         };
-        let id = self.ops.insert(owner, kind, queue);
+        let id = self.ops.insert(owner, file, kind, queue);
         self.out[usize::from(queue)].push_back(id);
         id
     }
 
     pub(crate) fn emit_sync(&mut self, owner: Owner) {
         // Cleared before it is carried out: what completes from now on is not covered.
-        self.volatile = false;
+        self.epochs.cut();
         self.stats.syncs += 1;
         self.emit(owner, OpKind::Sync);
     }
@@ -41,12 +47,22 @@ impl Engine {
     /// Only the first `done` bytes were transferred: sends the rest off again, or says how the
     /// operation ended.
     pub(crate) fn take_up_short(&mut self, id: OpId, done: u32) -> Option<Outcome> {
+        if planted::is(Bug::ShortIsWhole) {
+            return Some(Outcome::Done);
+        }
+        mark!("op.short");
         let align = self.options.alignment;
-        let file_len = self.file_len;
+        let backing_len = self.backing_len.unwrap_or(0);
+        let image_len = self.file_len;
+        let failed = self.failed.is_some();
         let state = self.ops.get_mut(id);
         // Direct I/O goes on at a multiple of the alignment.
         let whole_sectors = done - done % align;
         let mut progress = whole_sectors != 0;
+        let file_len = match state.file {
+            FileId::Image => image_len,
+            FileId::Backing => backing_len,
+        };
         match &mut state.kind {
             OpKind::Read { tag, at, offset, len } => {
                 let end = *at + *len;
@@ -55,11 +71,16 @@ impl Engine {
                     // The bytes of a partial last sector are in the buffer already.
                     let have = file_len.saturating_sub(*offset).min((*len).into());
                     let have = u32::try_from(have).expect("at most the length");
-                    if done < have {
+                    if done >= have {
+                        let at = *at + have;
+                        state.kind = OpKind::Fill { tag: *tag, at, len: end - at };
+                    } else if whole_sectors == 0 {
                         return Some(Outcome::Error(IoErrorKind::Io));
+                    } else {
+                        *at += whole_sectors;
+                        *offset += u64::from(whole_sectors);
+                        *len = end - *at;
                     }
-                    let at = *at + have;
-                    state.kind = OpKind::Fill { tag: *tag, at, len: end - at };
                 } else {
                     *at += whole_sectors;
                     *offset += u64::from(whole_sectors);
@@ -75,9 +96,15 @@ impl Engine {
                 *offset += u64::from(whole_sectors);
                 *len -= whole_sectors;
             }
-            // A page is written as a whole, once more.
-            OpKind::MetaWrite { .. } => progress = false,
+            // A page, or a copy buffer, is transferred as a whole, once more.
+            OpKind::MetaWrite { .. } | OpKind::CopyRead { .. } | OpKind::CopyWrite { .. } => {
+                progress = false;
+            }
             _ => return Some(Outcome::Error(IoErrorKind::Io)),
+        }
+        if failed && !matches!(state.kind, OpKind::Read { .. } | OpKind::Fill { .. }) {
+            // Fail-stop: no more writes, not even the rest of one.
+            return Some(Outcome::Error(IoErrorKind::Io));
         }
         state.retries = if progress { 0 } else { state.retries + 1 };
         if state.retries > MAX_RETRIES {
@@ -99,8 +126,12 @@ impl Engine {
             Owner::NewTable(index) => self.finish_new_table(index, result),
             Owner::Load(..) => {}
             Owner::Extend { least } => self.finish_extend(state.kind, least, result),
+            Owner::Copy(buffer) => self.finish_copy(buffer, state.kind, result),
+            Owner::Reserved(start) => self.finish_reserved(start, result),
+            Owner::Punch(start) => self.finish_punch(start, result),
             Owner::FirstSync => match result {
                 Ok(()) => {
+                    self.epochs.succeeded();
                     self.life = if self.life == Life::Opening { Life::Serving } else { self.life }
                 }
                 Err(_) => self.fail(FailureKind::Sync, 0),
@@ -119,7 +150,7 @@ impl Engine {
         self.wake(|wait| wait == Wait::OpSlot);
     }
 
-    fn finish_payload(&mut self, id: RequestId, result: Result<(), IoErrorKind>) {
+    pub(crate) fn finish_payload(&mut self, id: RequestId, result: Result<(), IoErrorKind>) {
         let state = &mut self.requests[id];
         state.pending -= 1;
         if let Err(kind) = result {

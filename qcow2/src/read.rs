@@ -1,10 +1,10 @@
-//! Reads, and the resolving of guest offsets that reads and writes share.
+//! Reads, and the resolving of guest offsets that all requests share.
 
-use crate::cache::Lookup;
+use crate::cache::{Lookup, SlotId};
 use crate::engine::Engine;
 use crate::entry::{Mapping, Pointer};
 use crate::error::{FailureKind, IoErrorKind};
-use crate::op::OpKind;
+use crate::op::{FileId, OpKind};
 use crate::optable::Owner;
 use crate::request::{RequestId, Step, Stop, Wait, Which};
 use crate::units::{GuestCluster, GuestOffset};
@@ -56,6 +56,41 @@ impl Engine {
         }
     }
 
+    /// The L2 page at `place`, if it is there; otherwise it is sent for.
+    pub(crate) fn l2_page(&mut self, place: EntryPlace) -> Step<SlotId> {
+        match self.l2_cache.lookup(place.page) {
+            Lookup::Hit(slot) => {
+                self.l2_cache.touch(slot);
+                Ok(slot)
+            }
+            Lookup::Loading => Err(Stop::Wait(Wait::Page(Which::L2, place.page))),
+            Lookup::Absent => Err(self.load(Which::L2, place.page)),
+        }
+    }
+
+    /// The same, ready to be changed.
+    pub(crate) fn l2_page_to_change(&mut self, place: EntryPlace) -> Step<SlotId> {
+        let slot = self.l2_page(place)?;
+        if self.l2_cache.may_dirty(slot) {
+            return Ok(slot);
+        }
+        self.round.wanted = true;
+        Err(Stop::Wait(Wait::Slot(Which::L2)))
+    }
+
+    /// How one guest cluster is mapped, with its page at hand: the overlay comes first.
+    pub(crate) fn mapping(
+        &self,
+        cluster: GuestCluster,
+        slot: SlotId,
+        index: usize,
+    ) -> Result<Mapping, ()> {
+        if let Some(entry) = self.overlay.get(cluster) {
+            return Ok(Mapping::Data(Pointer { at: entry.host, copied: true }));
+        }
+        self.decoder.l2(self.l2_cache.word(slot, index), self.file_len).map_err(|_| ())
+    }
+
     /// How the guest cluster at `cluster` and up to `most` following are mapped. On a miss the page
     /// is sent for.
     pub(crate) fn resolve(&mut self, cluster: GuestCluster, most: u64) -> Step<Run> {
@@ -65,23 +100,18 @@ impl Engine {
             return Ok(Run { mapping: Mapping::Unallocated, clusters });
         };
         let place = self.entry_place(table, cluster);
-        let slot = match self.l2_cache.lookup(place.page) {
-            Lookup::Hit(slot) => slot,
-            Lookup::Loading => return Err(Stop::Wait(Wait::Page(Which::L2, place.page))),
-            Lookup::Absent => return Err(self.load(Which::L2, place.page)),
-        };
-        self.l2_cache.touch(slot);
-        let word = |step: u64| {
+        let slot = self.l2_page(place)?;
+        let mapping_at = |step: u64| {
             let index = place.index + usize::try_from(step).expect("within a page");
-            self.decoder.l2(self.l2_cache.word(slot, index), self.file_len)
+            self.mapping(GuestCluster(cluster.0 + step), slot, index)
         };
-        let Ok(mapping) = word(0) else {
+        let Ok(mapping) = mapping_at(0) else {
             self.incident(FailureKind::BadEntry, place.page << self.geometry().page_bits());
             return Err(Stop::Fail(IoErrorKind::Io));
         };
         let most = most.min(place.left);
         let mut clusters = 1;
-        while clusters < most && word(clusters) == Ok(continued(mapping, clusters)) {
+        while clusters < most && mapping_at(clusters) == Ok(continued(mapping, clusters)) {
             clusters += 1;
         }
         if mapping == Mapping::Compressed {
@@ -89,6 +119,11 @@ impl Engine {
             return Err(Stop::Fail(IoErrorKind::Io));
         }
         Ok(Run { mapping, clusters })
+    }
+
+    /// Bytes of the virtual disk from `offset` on, at most `len`, that lie within the backing file.
+    pub(crate) fn beneath(&self, offset: u64, len: u64) -> u64 {
+        self.backing_len.unwrap_or(0).saturating_sub(offset).min(len)
     }
 
     pub(crate) fn step_read(&mut self, id: RequestId) -> Step<()> {
@@ -105,20 +140,40 @@ impl Engine {
             let run =
                 self.resolve(geometry.cluster_of(guest), geometry.clusters_for(within + left))?;
             let bytes = left.min((run.clusters << geometry.cluster_bits()) - within);
-            let bytes = u32::try_from(bytes).expect("at most the request");
-            let tag = self.tag_of(id);
-            let kind = match run.mapping {
+            match run.mapping {
                 Mapping::Data(pointer) => {
                     let offset = geometry.host_start(pointer.at).0 + within;
-                    OpKind::Read { tag, at, offset, len: bytes }
+                    self.read_from(id, FileId::Image, offset, bytes);
                 }
-                Mapping::Unallocated | Mapping::Zero { .. } => OpKind::Fill { tag, at, len: bytes },
+                Mapping::Unallocated => {
+                    let beneath = self.beneath(guest.0, bytes);
+                    if beneath != 0 {
+                        // Whole sectors: the driver comes to the end of the file in the last.
+                        let whole = beneath.next_multiple_of(512).min(bytes);
+                        self.read_from(id, FileId::Backing, guest.0, whole);
+                    } else {
+                        self.fill(id, bytes);
+                    }
+                }
+                Mapping::Zero { .. } => self.fill(id, bytes),
                 Mapping::Compressed => unreachable!("resolve refuses them"),
-            };
-            self.emit(Owner::Request(id), kind);
-            self.requests[id].pos += bytes;
+            }
         }
         if self.requests[id].pending != 0 { Err(Stop::Wait(Wait::Ops)) } else { Ok(()) }
+    }
+
+    fn read_from(&mut self, id: RequestId, file: FileId, offset: u64, bytes: u64) {
+        let (tag, len) = (self.tag_of(id), u32::try_from(bytes).expect("at most the request"));
+        let at = self.requests[id].pos;
+        self.emit_to(Owner::Request(id), file, OpKind::Read { tag, at, offset, len });
+        self.requests[id].pos += len;
+    }
+
+    fn fill(&mut self, id: RequestId, bytes: u64) {
+        let at = self.requests[id].pos;
+        let (tag, len) = (self.tag_of(id), u32::try_from(bytes).expect("at most the request"));
+        self.emit(Owner::Request(id), OpKind::Fill { tag, at, len });
+        self.requests[id].pos += len;
     }
 
     pub(crate) fn tag_of(&self, id: RequestId) -> u16 {

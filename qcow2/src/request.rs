@@ -38,12 +38,12 @@ pub(crate) enum Wait {
     Cluster(GuestCluster),
     /// A new L2 table for this L1 entry being zeroed.
     Table(u64),
-    /// The file being extended.
-    Extend,
-    /// The end of the round: mappings may not change before.
-    Round,
-    /// A longer refcount table.
-    Grow,
+    /// Clusters in the reservation.
+    Reserve,
+    /// Room in the overlay.
+    Overlay,
+    /// Room in quarantine.
+    Quarantine,
     /// The end of the next round, which makes all durable that is complete now.
     NextFlush,
     /// The end of this round.
@@ -66,8 +66,10 @@ pub(crate) struct Segment {
     pub(crate) guest: GuestCluster,
     pub(crate) host: HostCluster,
     pub(crate) count: u64,
-    /// Allocated for this write (and freed if that fails), not kept by a zero cluster before.
+    /// Allocated for this write (and given back if that fails), not kept by a zero cluster before.
     pub(crate) allocated: bool,
+    /// The mapping may become durable together with the data, or before it.
+    pub(crate) unordered: bool,
 }
 
 /// One guest request.
@@ -107,9 +109,12 @@ impl RequestState {
 
     pub(crate) fn range(&self) -> (u64, u32) {
         match self.request {
-            Some(Request::Read { offset, len } | Request::Write { offset, len, .. }) => {
-                (offset, len)
-            }
+            Some(
+                Request::Read { offset, len }
+                | Request::Write { offset, len, .. }
+                | Request::WriteZeroes { offset, len, .. }
+                | Request::Discard { offset, len },
+            ) => (offset, len),
             Some(Request::Flush) | None => (0, 0),
         }
     }

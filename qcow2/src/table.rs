@@ -57,6 +57,12 @@ impl Table {
         self.dirty[page] = true;
     }
 
+    /// The page with entry `index` has to be written again.
+    pub(crate) fn touch(&mut self, index: u64) {
+        let word = self.get(index).expect("an index into a table in memory");
+        self.set(index, word);
+    }
+
     pub(crate) fn is_dirty(&self) -> bool {
         self.dirty_pages != 0
     }
@@ -77,12 +83,13 @@ impl Table {
         self.extent.offset + ((page as u64) << self.page_bits)
     }
 
-    /// Fills `out`, one page, with page `page`; what lies behind the last entry is zero, as the
-    /// rest of the table's last cluster is nobody's.
-    pub(crate) fn copy_page(&self, page: usize, out: &mut [u8]) {
-        let per_page = 1 << (self.page_bits - 3);
-        let words = self.words.iter().copied().skip(page * per_page).chain(core::iter::repeat(0));
-        for (bytes, word) in out.chunks_exact_mut(8).zip(words) {
+    /// Fills `out`, one page, with page `page`, leaving out entries that are `hidden`. What lies
+    /// behind the last entry is zero, as the rest of the table's last cluster is nobody's.
+    pub(crate) fn copy_page(&self, page: usize, out: &mut [u8], hidden: impl Fn(u64) -> bool) {
+        let first = page << (self.page_bits - 3);
+        for (index, bytes) in (first..).zip(out.chunks_exact_mut(8)) {
+            let word = self.words.get(index).copied().unwrap_or(0);
+            let word = if word != 0 && hidden(index as u64) { 0 } else { word };
             BigEndian::write_u64(bytes, word);
         }
     }
@@ -104,7 +111,7 @@ mod tests {
         assert_eq!(table.take_dirty(0), None);
         assert!(!table.is_dirty());
         let mut page = [0xff; 512];
-        table.copy_page(7, &mut page);
+        table.copy_page(7, &mut page, |_| false);
         assert_eq!(page[503..], [0, 0, 0, 0, 0, 0, 0, 0, 7]);
         assert_eq!(table.offset_of(7), 4096 + 7 * 512);
     }

@@ -46,8 +46,7 @@ fn a_plain_header_is_taken() {
 #[test]
 fn every_feature_that_is_not_served_is_named_with_its_field() {
     type Case = (&'static str, &'static str, fn(&mut Vec<u8>));
-    let cases: [Case; 14] = [
-        ("backing file", "backing_file_offset", |b| BigEndian::write_u64(&mut b[8..], 512)),
+    let cases: [Case; 13] = [
         ("AES", "crypt_method", |b| BigEndian::write_u32(&mut b[32..], 1)),
         ("LUKS", "crypt_method", |b| BigEndian::write_u32(&mut b[32..], 2)),
         ("snapshots", "nb_snapshots", |b| BigEndian::write_u32(&mut b[60..], 1)),
@@ -66,6 +65,28 @@ fn every_feature_that_is_not_served_is_named_with_its_field() {
         let (kind, text) = refused(change);
         assert_eq!(kind, OpenErrorKind::Unsupported, "{name}: {text}");
         assert!(text.contains(name) && text.contains(field), "{name}, {field}: {text}");
+    }
+}
+
+#[test]
+fn a_backing_file_is_named_with_its_format() {
+    let mut bytes = plain();
+    BigEndian::write_u64(&mut bytes[8..], 300);
+    BigEndian::write_u32(&mut bytes[16..], 8);
+    bytes[300..308].copy_from_slice(b"base.raw");
+    BigEndian::write_u32(&mut bytes[112..], 0xe279_2aca);
+    BigEndian::write_u32(&mut bytes[116..], 3);
+    bytes[120..123].copy_from_slice(b"raw");
+    let header = Header::parse(&bytes, LEN, false).unwrap();
+    let backing = header.backing().unwrap();
+    assert_eq!(
+        (&backing.name[..], backing.format.as_deref()),
+        (&b"base.raw"[..], Some(&b"raw"[..]))
+    );
+    for offset in [8, 1 << 16, (1 << 16) - 4, u64::MAX] {
+        BigEndian::write_u64(&mut bytes[8..], offset);
+        let error = Header::parse(&bytes, LEN, false).expect_err("the name lies elsewhere");
+        assert_eq!(error.kind(), OpenErrorKind::Malformed, "{offset}: {error}");
     }
 }
 

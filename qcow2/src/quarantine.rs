@@ -1,0 +1,219 @@
+//! Host clusters between their last reference and being free.
+//!
+//! A cluster that a write-zeroes or a discard has unmapped goes through four gates, in this order;
+//! each would corrupt or leak data if it were left out:
+//!
+//! 1. **Unlinked, durably.** As long as a crash can bring the old L2 entry back, the cluster is
+//!    that entry's: its refcount stays and its bytes stay.
+//! 2. **Lowered, durably.** Only then is the refcount lowered; were the cluster punched before that
+//!    is durable, nothing would break, but it must not be handed out while the disk still counts
+//!    it, for it would be counted up without being written down.
+//! 3. **No operation in flight.** A read or write that was issued on the old mapping may still be
+//!    on its way ([pins](Item::before)): it must not meet the next owner's bytes.
+//! 4. **Punched.** The hole is complete before the cluster is free, so that it can't swallow what
+//!    the next owner writes.
+
+use alloc::vec::Vec;
+
+use crate::allocator::RefcountPlace;
+use crate::engine::Engine;
+use crate::error::IoErrorKind;
+use crate::mark;
+use crate::op::OpKind;
+use crate::optable::Owner;
+use crate::planted::{self, Bug};
+use crate::request::Wait;
+use crate::units::HostCluster;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The L2 page without the entry is durable after the first fdatasync of this round.
+    Unlinked(u64),
+    /// The refcounts of the first so many clusters have been lowered in memory.
+    Lowering(u64),
+    /// The lowered refcounts are durable after the first fdatasync of this round.
+    Lowered(u64),
+    Punching,
+}
+
+/// A run of clusters.
+#[derive(Clone, Copy, Debug)]
+struct Item {
+    start: u64,
+    count: u64,
+    stage: Stage,
+    /// Payload operations with a number below this may use the old mapping.
+    before: u64,
+    /// Nothing on disk ever referred to it: it is free as soon as its refcount is lowered.
+    unused: bool,
+}
+
+/// All of them.
+#[derive(Clone, Debug)]
+pub(crate) struct Quarantine {
+    items: Vec<Item>,
+    clusters: u64,
+}
+
+/// Runs in quarantine; when it is full, those who unmap wait.
+const MAX_ITEMS: usize = 1024;
+
+impl Quarantine {
+    pub(crate) fn new() -> Self {
+        Self { items: Vec::with_capacity(MAX_ITEMS), clusters: 0 }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// Clusters in quarantine.
+    pub(crate) fn clusters(&self) -> u64 {
+        self.clusters
+    }
+
+    pub(crate) fn has_room(&self, runs: usize) -> bool {
+        self.items.len() + runs <= MAX_ITEMS
+    }
+
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.items.len() * 2 > MAX_ITEMS
+    }
+
+    pub(crate) fn contains(&self, cluster: u64) -> bool {
+        self.items.iter().any(|item| item.start <= cluster && cluster < item.start + item.count)
+    }
+
+    /// Reserved clusters that are not needed: just count them down.
+    pub(crate) fn lower_only(&mut self, start: u64, count: u64) {
+        self.clusters += count;
+        let stage = Stage::Lowering(0);
+        self.items.push(Item { start, count, stage, before: 0, unused: true });
+    }
+}
+
+impl Engine {
+    /// The mapping to `at` is gone from memory.
+    pub(crate) fn quarantine(&mut self, at: HostCluster, count: u64) {
+        let (start, before) = (at.index(), self.ops.next_number());
+        let stage = Stage::Unlinked(self.next_round());
+        self.quarantine.clusters += count;
+        if let Some(last) = self.quarantine.items.last_mut()
+            && last.start + last.count == start
+            && last.stage == stage
+            && !last.unused
+        {
+            last.count += count;
+            last.before = before;
+            return;
+        }
+        self.quarantine.items.push(Item { start, count, stage, before, unused: false });
+        self.round.wanted |= self.quarantine.is_crowded();
+    }
+
+    /// Lets every run go on that can.
+    pub(crate) fn advance_quarantine(&mut self) {
+        if self.quarantine.is_empty() || self.failed.is_some() {
+            return;
+        }
+        let oldest = self.ops.oldest_payload();
+        let mut number = 0;
+        while let Some(&item) = self.quarantine.items.get(number) {
+            match item.stage {
+                Stage::Unlinked(round)
+                    if round <= self.round.synced || planted::is(Bug::DecrementBeforeUnlink) =>
+                {
+                    mark!("quarantine.unlinked_durably");
+                    self.quarantine.items[number].stage = Stage::Lowering(0);
+                    self.lower(number);
+                }
+                Stage::Lowering(_) => self.lower(number),
+                Stage::Lowered(_) if planted::is(Bug::FreeBeforeDecrement) => self.release(number),
+                Stage::Lowered(round)
+                    if (round <= self.round.synced || planted::is(Bug::PunchBeforeDecrement))
+                        && (item.before <= oldest || planted::is(Bug::PinIgnored))
+                        && self.ops.has_room() =>
+                {
+                    mark!("quarantine.lowered_durably");
+                    self.quarantine.items[number].stage = Stage::Punching;
+                    let bits = self.geometry().cluster_bits();
+                    let (offset, len) = (item.start << bits, item.count << bits);
+                    self.emit(Owner::Punch(item.start), OpKind::Punch { offset, len });
+                    if planted::is(Bug::ReuseBeforePunch) {
+                        self.release(number);
+                    }
+                }
+                Stage::Lowered(round) if round <= self.round.synced && item.before > oldest => {
+                    mark!("quarantine.pinned");
+                }
+                Stage::Unlinked(_) | Stage::Lowered(_) | Stage::Punching => {}
+            }
+            // `lower` may have taken the item away.
+            let same = |other: &Item| other.start == item.start;
+            number += usize::from(self.quarantine.items.get(number).is_some_and(same));
+        }
+    }
+
+    /// Counts down as far as the refcount pages are there.
+    fn lower(&mut self, number: usize) {
+        let item = self.quarantine.items[number];
+        let Stage::Lowering(mut done) = item.stage else { unreachable!("called for that stage") };
+        while done < item.count {
+            let RefcountPlace::Page(page, index) = self.refcount_place(item.start + done) else {
+                // It was counted, so there is a count.
+                debug_assert!(false, "cluster {} has no refcount", item.start + done);
+                done += 1;
+                continue;
+            };
+            // When the page is not there, the event that brings it comes by here again.
+            let Ok(slot) = self.refcount_page(page) else { break };
+            let refcount = self.refcount_cache.refcount(slot, index).saturating_sub(1);
+            self.refcount_cache.set_refcount(slot, index, refcount);
+            self.note_dirty();
+            done += 1;
+        }
+        self.quarantine.items[number].stage = Stage::Lowering(done);
+        if done < item.count {
+            return;
+        }
+        if item.unused {
+            self.release(number);
+        } else {
+            self.quarantine.items[number].stage = Stage::Lowered(self.next_round());
+        }
+    }
+
+    /// A page of refcounts cannot be read: the clusters that it counts stay counted, a leak.
+    pub(crate) fn abandon_lowering(&mut self, page: u64) {
+        let needs = |engine: &Self, item: &Item| match item.stage {
+            Stage::Lowering(done) => {
+                let place = engine.refcount_place(item.start + done);
+                matches!(place, RefcountPlace::Page(needed, _) if needed == page)
+            }
+            _ => false,
+        };
+        while let Some(number) = self.quarantine.items.iter().position(|item| needs(self, item)) {
+            let item = self.quarantine.items.remove(number);
+            self.quarantine.clusters -= item.count;
+        }
+        self.wake(|wait| wait == Wait::Quarantine);
+    }
+
+    fn release(&mut self, number: usize) {
+        let item = self.quarantine.items.remove(number);
+        self.quarantine.clusters -= item.count;
+        self.allocator.freed(item.start, item.count);
+        self.wake(|wait| wait == Wait::Quarantine);
+    }
+
+    /// The hole is there, or the host cannot make one, which is no failure.
+    pub(crate) fn finish_punch(&mut self, start: u64, result: Result<(), IoErrorKind>) {
+        // Whatever the result: the cluster is free, and whoever reserves it zeroes it.
+        let _ = result;
+        let punched = |item: &Item| item.start == start && item.stage == Stage::Punching;
+        if let Some(number) = self.quarantine.items.iter().position(punched) {
+            mark!("quarantine.punched");
+            self.release(number);
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! What a FLUSH costs, and that it ends: counted in fdatasyncs on the simulated disk.
+
+#![cfg(feature = "testing")]
+#![expect(clippy::unwrap_used, reason = "a test may end so")]
+
+use std::path::Path;
+use std::process::Command;
+
+use qcow2::testing::{Disk, Prng, World};
+use qcow2::{OpKind, Options, Request};
+
+const CLUSTER: u32 = 4096;
+
+/// An empty image of 4 KiB clusters, opened over `backing` bytes.
+fn open(name: &str, backing: usize) -> World {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rounds-{name}.qcow2"));
+    let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096"];
+    let done = Command::new("qemu-img").args(create).arg(&path).arg("4M").status();
+    assert!(done.expect("qemu-img must be installed").success());
+    let disk = Disk::new(std::fs::read(&path).unwrap());
+    let backing = (backing != 0).then(|| vec![7; backing]);
+    let options = Options { depth: 64, reservation: 64 << 12, ..Options::default() };
+    let mut world = World::open_over(disk, backing, &options).unwrap();
+    world.settle();
+    world
+}
+
+fn write(world: &mut World, tag: u16, cluster: u64) {
+    let offset = cluster * u64::from(CLUSTER) + 512;
+    world.submit(tag, Request::Write { offset, len: 512, fua: false }, vec![1; 512]);
+}
+
+/// The reply to `tag`, if it is there.
+fn take(world: &mut World, tag: u16) -> bool {
+    let before = world.replies.len();
+    world.replies.retain(|reply| {
+        assert_eq!(reply.result, Ok(()));
+        reply.tag != tag
+    });
+    world.replies.len() != before
+}
+
+/// One write, one FLUSH, `times` times over; returns the fdatasyncs per FLUSH.
+fn cost(world: &mut World, clusters: impl Iterator<Item = u64>) -> f64 {
+    let (before, mut flushes) = (world.engine.stats().syncs, 0);
+    for cluster in clusters {
+        write(world, 0, cluster);
+        world.settle();
+        world.submit(1, Request::Flush, Vec::new());
+        world.settle();
+        assert!(take(world, 0) && take(world, 1));
+        flushes += 1;
+    }
+    (world.engine.stats().syncs - before) as f64 / f64::from(flushes)
+}
+
+#[test]
+fn a_flush_costs_one_sync_or_two_and_no_more() {
+    let mut world = open("cost", 0);
+    let new = cost(&mut world, 0..500);
+    assert!((1.0..=1.10).contains(&new), "{new} for new clusters in zeroed space");
+    let in_place = cost(&mut world, 0..100);
+    assert!((in_place - 1.0).abs() < f64::EPSILON, "{in_place} in place");
+    let mut world = open("cost-overlay", 4 << 20);
+    let copied = cost(&mut world, 0..500);
+    assert!((1.9..=2.1).contains(&copied), "{copied} for copy-on-write");
+}
+
+#[test]
+fn a_flush_under_endless_copy_on_write_into_one_page_ends_after_two_syncs() {
+    let mut world = open("endless", 4 << 20);
+    // One page holds 512 entries: all of these clusters.
+    for cluster in 0..8 {
+        write(&mut world, u16::try_from(cluster).unwrap(), cluster);
+    }
+    world.settle();
+    world.replies.clear();
+    let mut next = 8;
+    let mut busy = [false; 8];
+    world.submit(60, Request::Flush, Vec::new());
+    let before = world.engine.stats().syncs;
+    for turn in 0..4000 {
+        // Writers never stop: as soon as one has its answer, it writes to the next cluster.
+        for tag in 0..8 {
+            if take(&mut world, tag) {
+                busy[usize::from(tag)] = false;
+            }
+            if !busy[usize::from(tag)] && next < 500 {
+                write(&mut world, tag, next);
+                busy[usize::from(tag)] = true;
+                next += 1;
+            }
+        }
+        if take(&mut world, 60) {
+            let syncs = world.engine.stats().syncs - before;
+            // The first may have been counted before: it was issued when the FLUSH came.
+            assert!(syncs <= 2, "{syncs} fdatasyncs");
+            assert!(next < 500, "the writers were still writing");
+            return;
+        }
+        // The newest first: a sync is as slow as it can be, and much completes while it runs.
+        let sync = |kind| matches!(kind, OpKind::Sync);
+        let others = world.in_flight.iter().rposition(|op| !sync(op.kind));
+        let index = match others {
+            Some(index) if turn % 40 != 39 => index,
+            _ => world.in_flight.iter().position(|op| sync(op.kind)).unwrap_or(0),
+        };
+        world.complete(index);
+    }
+    panic!("the FLUSH did not end");
+}
+
+#[test]
+fn without_any_flush_mappings_are_durable_within_ten_seconds() {
+    for backing in [0, 4 << 20] {
+        let mut world = open(&format!("tick-{backing}"), backing);
+        world.engine.tick(1000);
+        write(&mut world, 0, 3);
+        world.settle();
+        assert!(take(&mut world, 0));
+        // The server ticks twice a second.
+        for now in (1500..=11_000).step_by(500) {
+            world.engine.tick(now);
+            world.pump(None);
+            world.settle();
+        }
+        assert_eq!(world.engine.stats().overlay, 0, "nothing waits for its data any more");
+        for seed in 0..40 {
+            let cut = world.disk.power_cut(&mut Prng::new(seed));
+            let beneath = (backing != 0).then(|| vec![7; backing]);
+            let opened = World::open_over(Disk::new(cut), beneath, &Options::default());
+            let mut after = opened.unwrap();
+            after.settle();
+            let offset = 3 * u64::from(CLUSTER) + 512;
+            after.submit(0, Request::Read { offset, len: 512 }, vec![0xaa; 512]);
+            after.settle();
+            assert_eq!(after.buffers[0], [1; 512]);
+        }
+    }
+}
