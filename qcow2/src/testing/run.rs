@@ -1,0 +1,550 @@
+//! One run of a workload: a guest, an engine and a disk, event by event, from one seed.
+
+use std::format;
+use std::rc::Rc;
+use std::string::String;
+use std::vec::Vec;
+
+use crate::error::IoErrorKind;
+use crate::op::{OpKind, Request};
+use crate::report::Health;
+use crate::testing::disk::Disk;
+use crate::testing::guest::{Demand, Guest, describe};
+use crate::testing::judge::{Judge, State};
+use crate::testing::pool::{SECTOR, SectorId, SharedPool};
+use crate::testing::prng::Prng;
+use crate::testing::workload::Workload;
+use crate::testing::world::World;
+
+/// Where the image is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Opening,
+    Serving,
+    Closing,
+}
+
+/// A fault to be injected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Which operation, counted from the start of the run in the order of their ends.
+    pub index: u64,
+    /// An error, or a short transfer.
+    pub kind: Option<IoErrorKind>,
+    /// All that follow, too.
+    pub lasting: bool,
+}
+
+/// The run.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// Engine, disk and buffers.
+    pub world: World,
+    /// What the guest may expect.
+    pub guest: Guest,
+    /// The mix and the image.
+    pub workload: Workload,
+    /// What lies beneath, in sectors.
+    pub beneath: Rc<[SectorId]>,
+    pool: SharedPool,
+    prng: Prng,
+    stage: Stage,
+    /// Events so far.
+    pub steps: u64,
+    now_ms: u64,
+    /// Clusters that may have been leaked before the image was opened.
+    leaks_before: u64,
+    /// For each FLUSH under way: what had been allocated when it was submitted.
+    flushes: Vec<(u16, u64)>,
+    allocated_at_flush: u64,
+    /// The most that reservation, quarantine and the like have held since the last sync but one: a
+    /// decrement leaves them when it is made, and is durable one sync later.
+    held: [u64; 3],
+    /// Operations that have ended.
+    pub ended: u64,
+    fault: Option<Fault>,
+    /// An error was injected since the image was opened: requests may fail.
+    faulted: bool,
+    /// What happened, in words, if somebody wants to know.
+    pub trace: Option<Vec<String>>,
+    judge: Judge,
+}
+
+/// Clusters of a refcount table that has been replaced and not yet been given back.
+const MOVING: u64 = 4;
+
+/// A result in words.
+pub type Told<T> = Result<T, String>;
+
+impl Run {
+    /// Begins, on a fresh image.
+    ///
+    /// # Errors
+    /// If the image does not open.
+    pub fn new(workload: &Workload, seed: u64, pool: &SharedPool) -> Told<Self> {
+        let made = workload.image.make(&mut pool.borrow_mut());
+        let disk = Disk::sharing(&made.bytes, pool);
+        Self::on(workload, seed, (disk, made.backing), &made.content, 0)
+    }
+
+    /// Begins on a disk and the file beneath it, in which the guest finds `content`.
+    ///
+    /// # Errors
+    /// If the image does not open.
+    pub fn on(
+        workload: &Workload,
+        seed: u64,
+        (mut disk, backing): (Disk, Option<Rc<[u8]>>),
+        content: &[SectorId],
+        leaks: u64,
+    ) -> Told<Self> {
+        disk.watch();
+        let pool = SharedPool::clone(disk.pool());
+        let beneath = sectors_of(backing.as_deref(), &pool);
+        let mut world = World::open_shared(disk, backing, &workload.options)
+            .map_err(|error| format!("the image does not open: {error}"))?;
+        world.plain = !workload.punch;
+        let mut run = Self {
+            world,
+            guest: Guest::new(content),
+            workload: workload.clone(),
+            beneath,
+            pool,
+            prng: Prng::new(seed),
+            stage: Stage::Opening,
+            steps: 0,
+            now_ms: 0,
+            leaks_before: leaks,
+            flushes: Vec::new(),
+            allocated_at_flush: 0,
+            held: [0; 3],
+            ended: 0,
+            fault: None,
+            faulted: false,
+            trace: None,
+            judge: Judge::default(),
+        };
+        run.world.pump(None);
+        Ok(run)
+    }
+
+    /// Injects a fault.
+    pub fn inject(&mut self, fault: Fault) {
+        self.fault = Some(fault);
+    }
+
+    /// Was an error injected into the life that goes on?
+    #[must_use]
+    pub fn is_faulted(&self) -> bool {
+        self.faulted
+    }
+
+    /// Has a fault ended the life of the image: it does not open, or not close?
+    #[must_use]
+    pub fn is_stuck(&self) -> bool {
+        self.faulted && self.stage != Stage::Serving && self.world.in_flight.is_empty()
+    }
+
+    fn tell(&mut self, what: impl FnOnce(&Self) -> String) {
+        if self.trace.is_some() {
+            let line = format!("{:4} {}", self.steps, what(self));
+            if let Some(trace) = &mut self.trace {
+                trace.push(line);
+            }
+        }
+    }
+
+    /// What a crash now may leave.
+    pub fn demand(&self, out: &mut Demand) {
+        self.guest.demand(self.most_leaks(), &self.pool.borrow(), out);
+    }
+
+    /// Clusters that may be leaked now: what was before this life; what was allocated since the
+    /// last FLUSH in it; reservation, quarantine and pending decrements.
+    fn most_leaks(&self) -> u64 {
+        let since = self.allocated() - self.allocated_at_flush;
+        let stats = self.world.engine.stats();
+        let held = stats.reserved + stats.quarantined;
+        let bound = self.world.engine.leak_bound().max(since + held);
+        let bound = self.held.iter().copied().fold(bound, u64::max);
+        if self.faulted { u64::MAX } else { self.leaks_before + bound + MOVING }
+    }
+
+    fn allocated(&self) -> u64 {
+        let stats = self.world.engine.stats();
+        stats.allocated_data + stats.allocated_metadata
+    }
+
+    /// One event.
+    ///
+    /// # Errors
+    /// What the engine does wrong.
+    pub fn step(&mut self) -> Told<()> {
+        self.steps += 1;
+        match self.stage {
+            Stage::Opening => {
+                if self.world.engine.is_ready() {
+                    self.opened()?;
+                } else {
+                    self.complete_one()?;
+                }
+            }
+            Stage::Serving => self.serve()?,
+            Stage::Closing => {
+                if self.world.engine.is_closed() {
+                    self.closed()?;
+                } else {
+                    self.complete_one()?;
+                }
+            }
+        }
+        self.look()
+    }
+
+    fn serve(&mut self) -> Told<()> {
+        let Workload { deaths, closes, .. } = self.workload;
+        if deaths != 0 && self.prng.one_in(deaths) {
+            return self.die();
+        }
+        if closes != 0 && self.prng.one_in(closes) {
+            self.tell(|_| "close".into());
+            self.stage = Stage::Closing;
+            self.world.engine.close();
+            self.world.pump(Some(&self.guest));
+            return Ok(());
+        }
+        if self.prng.one_in(60) {
+            self.now_ms += self.prng.below(4000);
+            self.world.engine.tick(self.now_ms);
+            self.world.pump(Some(&self.guest));
+        }
+        let idle = self.world.in_flight.is_empty();
+        if !idle && self.prng.one_in(2) {
+            return self.complete_one();
+        }
+        let depth = self.workload.options.depth;
+        match (0..depth).find(|&tag| !self.guest.is_busy(tag)) {
+            Some(tag) => self.submit(tag),
+            None if idle => return Err("nothing is in flight, and requests hang".into()),
+            None => return self.complete_one(),
+        }
+        Ok(())
+    }
+
+    /// A random request.
+    fn submit(&mut self, tag: u16) {
+        let sectors = self.guest.len() as u64;
+        let start = self.prng.below(sectors);
+        let len = (1 + self.prng.below(self.workload.longest)).min(sectors - start);
+        let offset = start * SECTOR as u64;
+        let len = u32::try_from(len * SECTOR as u64).expect("a short request");
+        let mix = self.workload.mix;
+        let mut choice = self.prng.below(mix.total());
+        let unmap = self.prng.one_in(2);
+        let weighted = [
+            (mix.read, Request::Read { offset, len }),
+            (mix.write, Request::Write { offset, len, fua: false }),
+            (mix.fua, Request::Write { offset, len, fua: true }),
+            (mix.flush, Request::Flush),
+            (mix.zero, Request::WriteZeroes { offset, len, unmap }),
+            (mix.discard, Request::Discard { offset, len }),
+        ];
+        let mut request = Request::Flush;
+        for (weight, candidate) in weighted {
+            if choice < weight {
+                request = candidate;
+                break;
+            }
+            choice -= weight;
+        }
+        self.request(tag, request);
+    }
+
+    /// The guest submits this request.
+    pub fn request(&mut self, tag: u16, request: Request) {
+        self.tell(|run| format!("guest {tag}: {}", words(request, &run.guest)));
+        let bytes = self.guest.submit(tag, request, &mut self.pool.borrow_mut());
+        if request == Request::Flush {
+            self.flushes.push((tag, self.allocated()));
+        }
+        self.world.submit_for(tag, request, bytes, Some(&self.guest));
+    }
+
+    /// Lets one operation end, any of those in flight.
+    fn complete_one(&mut self) -> Told<()> {
+        let in_flight = self.world.in_flight.len();
+        if in_flight == 0 {
+            return Err("nothing is in flight, and the engine does not go on".into());
+        }
+        let index = self.prng.index(in_flight);
+        let short = self.prng.one_in(30);
+        let part = self.prng.any();
+        self.complete(index, short, part);
+        Ok(())
+    }
+
+    /// Lets operation number `index` of those in flight end.
+    pub fn complete(&mut self, index: usize, short: bool, part: u64) {
+        let op = self.world.in_flight[index];
+        let len = match op.kind {
+            OpKind::Read { len, .. }
+            | OpKind::Write { len, .. }
+            | OpKind::WriteZeros { len, .. }
+            | OpKind::CopyRead { len, .. }
+            | OpKind::CopyWrite { len, .. }
+            | OpKind::MetaWrite { len, .. } => len,
+            _ => 0,
+        };
+        let number = self.ended;
+        self.ended += 1;
+        let hit = self.fault.filter(|it| it.index == number || it.lasting && it.index < number);
+        let sectors = u64::from(len) / SECTOR as u64;
+        let part = |end: u64| {
+            if end == 0 { 0 } else { u32::try_from(part % end * SECTOR as u64).expect("short") }
+        };
+        let flaky = self.flaky(op.kind);
+        let (error, most) = match hit {
+            None if flaky.is_some() => (flaky, part(sectors + 1)),
+            Some(Fault { kind: Some(kind), .. }) => (Some(kind), part(sectors + 1)),
+            Some(Fault { kind: None, .. }) if len != 0 => (None, part(sectors)),
+            // A read of nothing would be the end of the file.
+            _ if short && matches!(op.kind, OpKind::Read { .. }) => match sectors {
+                0 | 1 => (None, u32::MAX),
+                _ => (None, part(sectors - 1) + 512),
+            },
+            _ if short && len != 0 => (None, part(sectors)),
+            _ => (None, u32::MAX),
+        };
+        self.faulted |= hit.is_some();
+        self.tell(|_| match (error, most) {
+            (Some(kind), most) => format!("disk: {:?} fails ({kind}) after {most} bytes", op.kind),
+            (None, u32::MAX) => format!("disk: {:?} done", op.kind),
+            (None, most) => format!("disk: {:?} is short, {most} bytes", op.kind),
+        });
+        let bound = self.world.engine.leak_bound();
+        self.held[0] = self.held[0].max(bound);
+        if op.kind == OpKind::Sync {
+            self.held = [bound, self.held[0], self.held[1]];
+        }
+        self.world.end(index, error, most, Some(&self.guest));
+        if matches!(self.world.engine.health(), Health::Failed(_)) {
+            self.world.disk.latch();
+        }
+    }
+
+    /// With which error does this operation fail, in a workload where such things happen?
+    fn flaky(&mut self, kind: OpKind) -> Option<IoErrorKind> {
+        let payload = matches!(
+            kind,
+            OpKind::Write { .. }
+                | OpKind::WriteZeros { .. }
+                | OpKind::CopyRead { .. }
+                | OpKind::CopyWrite { .. }
+        );
+        let errors = self.workload.errors;
+        if errors == 0 || !payload || !self.prng.one_in(errors) {
+            return None;
+        }
+        Some(if self.prng.one_in(2) { IoErrorKind::Io } else { IoErrorKind::NoSpace })
+    }
+
+    /// Takes the answers, and asks the disk whether it has refused anything.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn look(&mut self) -> Told<()> {
+        if self.trace.is_some() {
+            for kind in self.world.handed.replace(Vec::new()).unwrap_or_default() {
+                self.tell(|_| format!("     engine: {kind:?}"));
+            }
+        }
+        for reply in core::mem::take(&mut self.world.replies) {
+            self.tell(|_| format!("reply {}: {:?}", reply.tag, reply.result));
+            let read = matches!(self.guest.request(reply.tag), Some(Request::Read { .. }));
+            let found = if read { self.world.found(reply.tag) } else { Vec::new() };
+            let pool = self.pool.borrow();
+            let request = self.guest.answer(reply.tag, reply.result, &found, &pool)?;
+            drop(pool);
+            let excused = self.faulted || self.workload.errors != 0;
+            if let (Err(kind), false) = (reply.result, excused) {
+                return Err(format!("{request:?} was answered with {kind}, but nothing failed"));
+            }
+            if request == Request::Flush {
+                let at = self.flushes.iter().position(|&(tag, _)| tag == reply.tag);
+                let (_, allocated) = self.flushes.swap_remove(at.expect("noted when submitted"));
+                if reply.result.is_ok() {
+                    self.allocated_at_flush = self.allocated_at_flush.max(allocated);
+                }
+            }
+        }
+        match self.world.broken.take() {
+            Some(broken) => Err(format!("the disk refuses: {}: {}", broken.rule, broken.detail)),
+            None if self.world.engine.next_incident().is_some() && !self.faulted => {
+                Err("the engine reports an incident, but nothing failed".into())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// What a reader of the file sees now; returns the leaks, and `self.judge` the content.
+    fn state_of_view(&mut self) -> Told<u64> {
+        let pool = self.pool.borrow();
+        let disk = &self.world.disk;
+        let state =
+            State { pool: &pool, sectors: disk.sectors(), len: disk.len(), backing: &self.beneath };
+        Ok(self.judge.check(state)?.leaks)
+    }
+
+    /// The first sync has returned: what the disk holds now is durable.
+    fn opened(&mut self) -> Told<()> {
+        self.tell(|_| "open: ready".into());
+        let leaks = self.state_of_view()?;
+        if leaks > self.most_leaks() {
+            return Err(format!("{leaks} leaks, at most {} may be", self.most_leaks()));
+        }
+        self.leaks_before = leaks;
+        // Writes that only the dead process knew of are lost, as in a power cut.
+        let content = self.judge.content().to_vec();
+        for (place, &id) in (0..).zip(&content) {
+            if !self.guest.is_legal(place, id) {
+                let found = describe(&self.pool.borrow(), id);
+                return Err(format!("guest sector {place} holds {found} after opening"));
+            }
+        }
+        self.guest.settle(&content);
+        self.stage = Stage::Serving;
+        Ok(())
+    }
+
+    fn die(&mut self) -> Told<()> {
+        self.tell(|run| format!("the process dies; in flight: {:?}", kinds(&run.world)));
+        self.leaks_before = self.most_leaks();
+        let mut disk = self.world.disk.clone();
+        disk.death(&mut self.prng);
+        self.guest.death();
+        self.reopen(disk)
+    }
+
+    fn closed(&mut self) -> Told<()> {
+        self.tell(|_| "closed".into());
+        if self.guest.busy() != 0 {
+            return Err("the engine is closed, but requests have no answer".into());
+        }
+        if !self.world.in_flight.is_empty() {
+            return Err(format!("the engine is closed, but has {:?}", kinds(&self.world)));
+        }
+        if !self.faulted {
+            let leaks = self.check_view()?;
+            if leaks > self.leaks_before {
+                let before = self.leaks_before;
+                return Err(format!("a clean close leaves {leaks} leaks, there were {before}"));
+            }
+            if !self.world.disk.changes().iter().all(|it| it.completed.is_some()) {
+                return Err("the engine is closed, but the disk works on".into());
+            }
+        }
+        let disk = self.world.disk.clone();
+        self.guest.death();
+        self.reopen(disk)
+    }
+
+    fn reopen(&mut self, disk: Disk) -> Told<()> {
+        let mut disk = disk;
+        disk.watch();
+        let backing = self.world.backing.take();
+        self.world = World::open_shared(disk, backing, &self.workload.options)
+            .map_err(|error| format!("the image does not open again: {error}"))?;
+        self.world.plain = !self.workload.punch;
+        self.stage = Stage::Opening;
+        self.flushes.clear();
+        self.allocated_at_flush = 0;
+        self.held = [0; 3];
+        self.faulted &= self.fault.is_some_and(|fault| fault.lasting);
+        self.world.pump(Some(&self.guest));
+        Ok(())
+    }
+
+    /// Everything ends; then all requests have an answer.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn settle(&mut self) -> Told<()> {
+        let mut most = 2_000;
+        while !self.world.in_flight.is_empty() {
+            self.complete_one()?;
+            self.look()?;
+            most -= 1;
+            if most == 0 {
+                return Err("operations follow each other without end".into());
+            }
+        }
+        if self.guest.busy() != 0 {
+            return Err("nothing is in flight, and requests have no answer".into());
+        }
+        Ok(())
+    }
+
+    /// Is the image being served?
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        self.stage == Stage::Serving
+    }
+
+    /// Reads the whole disk through the engine, if it serves; nothing may be in flight.
+    ///
+    /// # Errors
+    /// What is wrong, with a read or with what the file holds now.
+    pub fn read_all(&mut self) -> Told<()> {
+        self.state_of_view()?;
+        for (place, &id) in (0..).zip(self.judge.content()) {
+            if !self.guest.is_legal(place, id) {
+                let found = describe(&self.pool.borrow(), id);
+                return Err(format!("in the file guest sector {place} holds {found}"));
+            }
+        }
+        let end = (self.guest.len() * SECTOR) as u64;
+        let step = 32 << 10;
+        for offset in (0..end).step_by(step) {
+            if self.stage == Stage::Serving {
+                let len = (end - offset).min(step as u64);
+                let len = u32::try_from(len).expect("a short read");
+                self.request(0, Request::Read { offset, len });
+                self.look()?;
+                self.settle()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_view(&mut self) -> Told<u64> {
+        let leaks = self.state_of_view()?;
+        self.guest.check_content(self.judge.content(), &self.pool.borrow())?;
+        Ok(leaks)
+    }
+}
+
+fn sectors_of(bytes: Option<&[u8]>, pool: &SharedPool) -> Rc<[SectorId]> {
+    let mut pool = pool.borrow_mut();
+    bytes.unwrap_or_default().chunks(SECTOR).map(|sector| pool.intern(sector)).collect()
+}
+
+fn kinds(world: &World) -> Vec<OpKind> {
+    world.in_flight.iter().map(|op| op.kind).collect()
+}
+
+fn words(request: Request, guest: &Guest) -> String {
+    let (offset, len) = crate::testing::guest::range(request);
+    let (first, end) = (offset / SECTOR as u64, (offset + u64::from(len)) / SECTOR as u64);
+    match request {
+        Request::Read { .. } => format!("read sectors {first}..{end}"),
+        Request::Write { fua, .. } => {
+            let fua = if fua { " with FUA" } else { "" };
+            format!("write {} to sectors {first}..{end}{fua}", guest.writes() + 1)
+        }
+        Request::WriteZeroes { unmap, .. } => {
+            format!("write zeroes to sectors {first}..{end}, may unmap: {unmap}")
+        }
+        Request::Discard { .. } => format!("discard sectors {first}..{end}"),
+        Request::Flush => "FLUSH".into(),
+    }
+}

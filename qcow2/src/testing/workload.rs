@@ -1,0 +1,153 @@
+//! Workloads: an image, options and a mix of requests.
+
+use std::vec;
+use std::vec::Vec;
+
+use crate::options::Options;
+use crate::testing::image::{ImageSpec, Limit};
+
+/// How often each kind of request comes, relative to the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mix {
+    /// Reads.
+    pub read: u64,
+    /// Writes.
+    pub write: u64,
+    /// Writes with FUA.
+    pub fua: u64,
+    /// FLUSHes.
+    pub flush: u64,
+    /// Write zeroes; half of them may unmap.
+    pub zero: u64,
+    /// Discards.
+    pub discard: u64,
+}
+
+impl Mix {
+    /// The sum.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.read + self.write + self.fua + self.flush + self.zero + self.discard
+    }
+}
+
+/// A mix of requests on an image. With a seed it is one run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The image.
+    pub image: ImageSpec,
+    /// How it is served.
+    pub options: Options,
+    /// The requests.
+    pub mix: Mix,
+    /// The longest request, in sectors.
+    pub longest: u64,
+    /// Events of one run.
+    pub steps: u64,
+    /// One event in so many is a death of the process; 0 for never.
+    pub deaths: u64,
+    /// One event in so many closes the image and opens it again; 0 for never.
+    pub closes: u64,
+    /// One transfer of payload in so many fails; 0 for none.
+    pub errors: u64,
+    /// Does the host punch holes, and zero ranges?
+    pub punch: bool,
+}
+
+fn plain(cluster_bits: u32, guest: u64) -> ImageSpec {
+    ImageSpec { version: 3, cluster_bits, guest, every: 0, backing: 0, near: None }
+}
+
+const ALL: Mix = Mix { read: 3, write: 8, fua: 1, flush: 2, zero: 3, discard: 2 };
+
+fn normal() -> Options {
+    Options { depth: 6, reservation: 4096, refcount_cache: 1 << 14, ..Options::default() }
+}
+
+fn stress() -> Options {
+    Options { stress: true, ..normal() }
+}
+
+fn base(name: &'static str, image: ImageSpec) -> Workload {
+    Workload {
+        name,
+        image,
+        options: normal(),
+        mix: ALL,
+        longest: 4,
+        steps: 400,
+        deaths: 150,
+        closes: 150,
+        errors: 0,
+        punch: true,
+    }
+}
+
+/// All workloads.
+#[must_use]
+pub fn all() -> Vec<Workload> {
+    vec![
+        base("c512", plain(9, 64 << 10)),
+        Workload { options: stress(), ..base("c512-stress", plain(9, 128 << 10)) },
+        Workload { longest: 6, ..base("c1k", plain(10, 32 << 10)) },
+        Workload { longest: 8, ..base("c2k", plain(11, 32 << 10)) },
+        Workload { longest: 12, ..base("c4k", plain(12, 64 << 10)) },
+        Workload { longest: 12, options: stress(), ..base("c4k-stress", plain(12, 64 << 10)) },
+        base("half", ImageSpec { every: 2, ..plain(9, 32 << 10) }),
+        Workload {
+            longest: 6,
+            options: stress(),
+            ..base("full-1k", ImageSpec { every: 1, ..plain(10, 32 << 10) })
+        },
+        base("v2", ImageSpec { version: 2, every: 3, ..plain(9, 32 << 10) }),
+        Workload { punch: false, ..base("no-punch", plain(9, 32 << 10)) },
+        base("beneath", ImageSpec { backing: 20 << 10, ..plain(10, 32 << 10) }),
+        Workload {
+            options: stress(),
+            ..base("beneath-512", ImageSpec { backing: 32 << 10, every: 5, ..plain(9, 32 << 10) })
+        },
+        Workload {
+            punch: false,
+            ..base(
+                "beneath-v2",
+                ImageSpec { version: 2, backing: (9 << 10) + 200, ..plain(10, 16 << 10) },
+            )
+        },
+        Workload {
+            mix: Mix { write: 6, flush: 1, ..Mix::default() },
+            deaths: 0,
+            closes: 0,
+            ..base("writes", plain(9, 64 << 10))
+        },
+        Workload {
+            mix: Mix { write: 6, zero: 6, discard: 6, flush: 2, ..Mix::default() },
+            ..base("holes", ImageSpec { every: 1, ..plain(9, 16 << 10) })
+        },
+        Workload {
+            deaths: 0,
+            closes: 300,
+            steps: 150,
+            ..base("growth", ImageSpec { near: Some(Limit::Table(12)), ..plain(9, 32 << 10) })
+        },
+        Workload { errors: 12, ..base("flaky", plain(9, 16 << 10)) },
+        Workload {
+            errors: 12,
+            options: stress(),
+            ..base("flaky-beneath", ImageSpec { backing: 12 << 10, ..plain(10, 16 << 10) })
+        },
+        base("block", ImageSpec { near: Some(Limit::Block(8)), ..plain(9, 32 << 10) }),
+        Workload {
+            options: stress(),
+            deaths: 60,
+            ..base("block-stress", ImageSpec { near: Some(Limit::Block(3)), ..plain(9, 24 << 10) })
+        },
+    ]
+}
+
+/// The workload of this name.
+#[must_use]
+pub fn find(name: &str) -> Option<Workload> {
+    all().into_iter().find(|workload| workload.name == name)
+}

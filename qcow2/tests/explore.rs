@@ -1,0 +1,102 @@
+//! The explorer, at the size of a test: crash states, faults, small scopes, and coverage marks.
+//! What is found is printed with the command that replays it.
+
+#![cfg(feature = "testing")]
+#![expect(clippy::unwrap_used, reason = "a test may end so")]
+
+use qcow2::testing::explore::{self, Config};
+use qcow2::testing::{faults, scope};
+
+/// A debug build is some thirty times slower.
+const SCALE: u64 = if cfg!(debug_assertions) { 30 } else { 1 };
+
+#[test]
+fn no_crash_state_is_wrong() {
+    let config = Config { seed: 1, states: 1_000_000 / SCALE, ..Config::default() };
+    let report = explore::explore(&config);
+    if let Some(violation) = &report.violation {
+        let told = explore::replay(&violation.replay).err();
+        panic!("{}", explore::tell(told.as_ref().unwrap_or(violation)));
+    }
+    let rate = report.distinct as f64 / report.seconds;
+    println!("{}; {rate:.0} distinct states per second", report.json(config.seed, 0));
+    assert!(report.distinct >= config.states);
+    assert!(report.crash_points >= config.states / 100, "states from many points in time");
+    assert!(report.sampled > 0 && report.reopened > 0);
+}
+
+#[test]
+fn after_any_fault_the_answers_are_honest() {
+    let found = faults::explore(1, 100_000 / SCALE, 2);
+    if let Some(violation) = &found.violation {
+        let told = explore::replay(&violation.replay).err();
+        panic!("{}", explore::tell(told.as_ref().unwrap_or(violation)));
+    }
+    println!("{} runs with a fault", found.runs);
+}
+
+#[test]
+fn a_violation_is_replayed_from_its_path_alone() {
+    let trace = explore::replay("c512:1:20:0").unwrap();
+    assert!(trace.len() > 20);
+    assert!(explore::replay("nonsense").is_err());
+}
+
+/// States of the world for one sequence: so many, or what `EXPLORE_SCOPE` says, for long runs.
+fn most(default: u64) -> u64 {
+    let wanted = std::env::var("EXPLORE_SCOPE").map(|text| text.parse().unwrap());
+    wanted.unwrap_or(default) / SCALE
+}
+
+/// Sequences of requests on two clusters.
+fn scopes(len: usize, images: &[(u32, u64, u64)], most: u64) {
+    let (mut nodes, mut states) = (0, 0);
+    for &(version, every, backing) in images {
+        let workload = scope::workload(version, every, backing);
+        let all = scope::alphabet(1024, true);
+        for number in 0..all.len().pow(u32::try_from(len).unwrap()) {
+            let mut requests = Vec::new();
+            let mut rest = number;
+            for _ in 0..len {
+                requests.push(all[rest % all.len()]);
+                rest /= all.len();
+            }
+            let found = scope::search(&workload, &requests, most);
+            let found = found.unwrap_or_else(|what| {
+                panic!("version {version}, every {every}, beneath {backing}: {requests:?}\n{what}")
+            });
+            nodes += found.nodes;
+            states += found.states;
+        }
+    }
+    println!("{len} requests: {nodes} states of the world, {states} crash states");
+}
+
+#[test]
+fn every_order_of_two_requests() {
+    scopes(2, &[(3, 1, 0), (3, 0, 4096)], most(2_000));
+}
+
+#[test]
+fn every_order_of_four_requests_of_a_few_kinds() {
+    let all = scope::alphabet(1024, true);
+    let picked = [[0, 4, 7, 4], [1, 5, 1, 4], [0, 7, 3, 4], [3, 2, 5, 4]];
+    for (version, every, backing) in [(3, 0, 0), (3, 1, 0), (3, 0, 4096)] {
+        let workload = scope::workload(version, every, backing);
+        for numbers in picked {
+            let requests: Vec<_> = numbers.iter().map(|&number| all[number]).collect();
+            let found = scope::search(&workload, &requests, most(4_000));
+            found.unwrap_or_else(|what| panic!("{requests:?}\n{what}"));
+        }
+    }
+}
+
+#[test]
+fn every_mark_is_hit() {
+    let config = Config { seed: 7, states: 500_000 / SCALE, ..Config::default() };
+    let report = explore::explore(&config);
+    assert!(report.violation.is_none(), "another test tells of this");
+    let found = faults::explore(7, 20_000 / SCALE, 2);
+    assert!(found.violation.is_none(), "another test tells of this, too");
+    assert_eq!(qcow2::marks::missing(), [""; 0], "no run came by these lines");
+}

@@ -1,0 +1,62 @@
+//! The explorer finds every bug that is planted in the engine.
+
+#![cfg(feature = "planted-bugs")]
+
+use std::panic::catch_unwind;
+use std::time::Duration;
+
+use qcow2::planted::{self, Bug};
+use qcow2::testing::explore::{self, Config};
+use qcow2::testing::faults;
+
+/// States until a bug was found, or `None`.
+fn hunt(bug: Bug, seed: u64) -> Option<(u64, String)> {
+    let time = Some(Duration::from_secs(60));
+    let config = Config {
+        seed,
+        states: 3_000_000,
+        threads: 1,
+        sample: 0,
+        time,
+        bug: Some(bug),
+        ..Config::default()
+    };
+    let found = catch_unwind(|| explore::explore(&config));
+    match found {
+        // A debug assertion of the engine was faster.
+        Err(_) => return Some((0, "a panic".into())),
+        Ok(report) => {
+            if let Some(violation) = report.violation {
+                return Some((report.distinct, violation.what));
+            }
+        }
+    }
+    let found = catch_unwind(|| faults::explore_with(seed, 20_000, 1, Some(bug)));
+    match found {
+        Err(_) => Some((0, "a panic after a fault".into())),
+        Ok(found) => found.violation.map(|violation| (found.runs, violation.what)),
+    }
+}
+
+#[test]
+fn every_planted_bug_is_found() {
+    let seed = 1;
+    let (mut missed, mut counts) = (Vec::new(), Vec::new());
+    for &bug in Bug::ALL {
+        match hunt(bug, seed) {
+            Some((states, what)) => {
+                println!("{bug:?}: seed {seed}, {states} states: {what}");
+                counts.push(states);
+            }
+            None => {
+                println!("{bug:?}: seed {seed}, not found");
+                missed.push(bug);
+            }
+        }
+    }
+    planted::plant(None);
+    counts.sort_unstable();
+    assert!(missed.is_empty(), "not found: {missed:?}");
+    assert!(Bug::ALL.len() >= 30);
+    assert!(counts[counts.len() / 2] < 100_000, "the median is {}", counts[counts.len() / 2]);
+}
