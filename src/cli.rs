@@ -45,7 +45,7 @@ progress, and at most 60 s.")]
 /// `add`
 #[derive(Args, Debug)]
 pub struct AddArgs {
-    /// The qcow2 image: a file or a block device.
+    /// The qcow2 image: a file, or with --read-only a block device.
     #[arg(short = 'f', long = "file", value_name = "IMAGE")]
     pub file: PathBuf,
 

@@ -146,7 +146,12 @@ impl Parent {
             match line.split_once(' ') {
                 Some(("stage", text)) => self.stage = text.to_string(),
                 Some(("ready", path)) => {
-                    return writeln!(io::stdout(), "{path}").context("writing to stdout");
+                    let told = writeln!(io::stdout(), "{path}").and_then(|()| io::stdout().flush());
+                    if told.is_err() {
+                        // Nobody knows of the device: it must not stay.
+                        self.end_child();
+                    }
+                    return told.context("writing the device's path to stdout");
                 }
                 Some(("error", text)) => {
                     let text = text.to_string();

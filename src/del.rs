@@ -65,21 +65,40 @@ fn delete(control: &mut Control, features: u64, id: u32, force: bool) -> Result<
             let starting = info.state == ublk::STATE_DEAD && State::load(id).is_none();
             daemon.stop(control, features, force || starting)?;
             daemon.wait()?;
-            verdict(id, daemon.pid)?;
+            // However it ended: the device goes, and then its end is told.
+            let verdict = verdict(id, daemon.pid);
+            remove(control, id, force).and(verdict)
         }
-        None => refuse_others(id, &info)?,
+        None => {
+            refuse_others(control, id, &info)?;
+            remove(control, id, force)
+        }
     }
-    remove(control, id, force)
 }
 
 /// Fails for a device whose living server is another program.
-fn refuse_others(id: u32, info: &DevInfo) -> Result<()> {
+fn refuse_others(control: &mut Control, id: u32, info: &DevInfo) -> Result<()> {
     let alive = info.ublksrv_pid > 0 && process_name(info.ublksrv_pid).is_some();
     if info.state != ublk::STATE_DEAD && alive && device::marked_pid(info).is_none() {
         let name = process_name(info.ublksrv_pid).unwrap_or_default();
         bail!(
             "device {id} is served by {name} (process {}), not by ublk-qcow2; stop it with its \
              own tool",
+            info.ublksrv_pid
+        );
+    }
+    // A server that died a moment ago: the driver is about to notice.
+    let deadline = Instant::now() + GONE_LIMIT;
+    let is_live = |info: DevInfo| info.state == ublk::STATE_LIVE;
+    while control.info(id).is_ok_and(is_live) {
+        if Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+            continue;
+        }
+        // Deleting it would end it under whoever has it open.
+        bail!(
+            "device {id} is being served, but its server (process {}) cannot be seen from here; \
+             run del where the server runs",
             info.ublksrv_pid
         );
     }
@@ -165,7 +184,10 @@ impl Daemon {
         let pid = device::marked_pid(info)?;
         // Opened before the name is looked at: from here on the number cannot become another's.
         let handle = PidFd::open(Pid::from_raw(pid)).ok()?;
-        let ours = process_name(pid).is_some_and(|name| name == own_name());
+        // While the device is live the driver itself says who serves it. Afterwards the number may
+        // be another's by now, unless the process has our name.
+        let serves = info.state == ublk::STATE_LIVE && info.ublksrv_pid == pid;
+        let ours = serves || process_name(pid).is_some_and(|name| name == own_name());
         ours.then_some(Self { id, pid, handle })
     }
 
@@ -181,7 +203,8 @@ impl Daemon {
         // open lasts, at least nobody can mount it.
         let guard = self.exclusive(deadline)?;
         self.terminate()?;
-        let limit = Instant::now() + BUSY_LIMIT;
+        // `wait` has the longer limit; here nobody else can open the device for so long.
+        let limit = Instant::now() + PATIENCE;
         while control.info(self.id).is_ok_and(|info| info.state == ublk::STATE_LIVE)
             && Instant::now() < limit
         {
@@ -214,7 +237,10 @@ impl Daemon {
             let refusal = match busy::open_exclusively(self.id) {
                 Ok(file) if users.is_empty() => return Ok(Some(file)),
                 // The disk is gone: the device was stopped already.
-                Err(error) if error.raw_os_error() != Some(libc::EBUSY) => return Ok(None),
+                Err(error) if is_gone(&error) && users.is_empty() => return Ok(None),
+                Err(error) if error.raw_os_error() != Some(libc::EBUSY) => {
+                    return Err(error).with_context(|| format!("opening /dev/ublkb{}", self.id));
+                }
                 _ => self.refusal(&users),
             };
             if Instant::now() >= deadline {
@@ -277,6 +303,10 @@ impl Daemon {
         let (id, pid) = (self.id, self.pid);
         (read(format!("/proc/{pid}/io")), read(format!("/sys/block/ublkb{id}/stat")))
     }
+}
+
+fn is_gone(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENXIO | libc::ENODEV))
 }
 
 fn process_name(pid: i32) -> Option<String> {

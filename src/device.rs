@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::control::Control;
-use crate::ublk::{self, DevInfo, ParamBasic, Params};
+use crate::ublk::{self, DevInfo, ParamBasic, ParamDiscard, Params};
 
 /// Bytes of the largest request. A buffer of this size exists for each tag.
 const MAX_REQUEST: u32 = 512 << 10;
@@ -67,6 +67,14 @@ fn char_path(id: u32) -> PathBuf {
 impl Device {
     /// Adds the device; it has a character device and no parameters yet.
     pub fn add(control: &mut Control, wanted: Wanted) -> Result<Self> {
+        if !wanted.size.is_multiple_of(u64::from(wanted.block)) {
+            bail!(
+                "the virtual disk has {} bytes, which is not a multiple of the logical block of \
+                 {} bytes; give a smaller --block-size",
+                wanted.size,
+                wanted.block
+            );
+        }
         let features = control.features()?;
         let asked = DevInfo {
             nr_hw_queues: 1,
@@ -105,7 +113,7 @@ impl Device {
 
     /// Bytes of the block device: whole logical blocks.
     pub fn size(&self) -> u64 {
-        self.wanted.size - self.wanted.size % u64::from(self.wanted.block)
+        self.wanted.size
     }
 
     /// Opens the character device, for the queue thread.
@@ -136,8 +144,20 @@ impl Device {
             dev_sectors: self.size() / ublk::SECTOR,
             virt_boundary_mask: 0,
         };
+        // Less than 4 GiB at a time, so that the length in bytes fits 32 bits.
+        let most = u32::MAX >> 9 & !7;
+        let discard = ParamDiscard {
+            alignment: 0,
+            granularity: 1 << self.wanted.cluster_bits.max(12),
+            max_discard_sectors: most,
+            max_write_zeroes_sectors: most,
+            max_segments: 1,
+            reserved: 0,
+        };
         let len = u32::try_from(size_of::<Params>())?;
-        let params = Params { len, types: ublk::PARAM_BASIC, basic, ..Params::default() };
+        let writable = if self.wanted.read_only { 0 } else { ublk::PARAM_DISCARD };
+        let types = ublk::PARAM_BASIC | writable;
+        let params = Params { len, types, basic, discard, ..Params::default() };
         Ok(control.set_params(self.id(), params)?)
     }
 

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
-use qcow2::{Engine, FileId, IoErrorKind, Op, OpKind, Outcome};
+use qcow2::{COPY_BUFFER, Engine, FileId, IoErrorKind, Op, OpKind, Outcome};
 
 use crate::buffer::{Area, PAGE, Piece};
 use crate::errno;
@@ -94,21 +94,34 @@ pub struct Driver {
     zeros: Area,
     staging: Area,
     free_blocks: Vec<u32>,
+    /// What lies beneath, if anything does. Read through the page cache, which images share.
+    backing: Option<(File, u64)>,
+    copies: Area,
     can_truncate: bool,
 }
 
+/// The files of an image.
+pub struct Files {
+    pub image: File,
+    pub kind: FileKind,
+    /// What lies beneath, and its length when it was opened.
+    pub backing: Option<(File, u64)>,
+}
+
 impl Driver {
-    /// `operations` is how many may be in flight.
+    /// `operations` is how many may be in flight, `copy_buffers` how many buffers the engine uses.
     pub fn new(
-        file: File,
-        kind: FileKind,
+        files: Files,
         buffers: TagBuffers,
         operations: u32,
+        copy_buffers: usize,
         can_truncate: bool,
     ) -> io::Result<Self> {
         Ok(Self {
-            file,
-            kind,
+            file: files.image,
+            kind: files.kind,
+            backing: files.backing,
+            copies: Area::new(copy_buffers * COPY_BUFFER as usize)?,
             buffers,
             zeros: Area::new(ZEROS)?,
             staging: Area::new(operations as usize * PAGE)?,
@@ -124,8 +137,11 @@ impl Driver {
 
     /// The first step of an operation.
     pub fn start(&mut self, engine: &Engine, op: Op) -> Step {
-        let FileId::Image = op.file;
-        let fd = self.file.as_raw_fd();
+        let fd = match (op.file, &self.backing) {
+            (FileId::Backing, Some((backing, _))) => backing.as_raw_fd(),
+            (FileId::Backing, None) => return Step::Ended(op, Outcome::Error(IoErrorKind::Io)),
+            (FileId::Image, _) => self.file.as_raw_fd(),
+        };
         let mut block = None;
         let io = match op.kind {
             OpKind::Read { tag, at, offset, len } => {
@@ -153,6 +169,21 @@ impl Driver {
                 assert!(bytes.len() == len as usize, "a staging block holds what is written");
                 self.staging.copy_in(block_start(index), bytes);
                 Io::Write { fd, from: piece, offset }
+            }
+            OpKind::CopyRead { buffer, offset, len } => {
+                Io::Read { fd, to: self.copy(buffer, 0, len), offset }
+            }
+            OpKind::CopyWrite { buffer, offset, len } => {
+                Io::Write { fd, from: self.copy(buffer, 0, len), offset }
+            }
+            OpKind::ZeroRange { offset, len } => {
+                // The size stays: the range lies inside the file, or it is a block device.
+                let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+                Io::Allocate { fd, mode, offset, len }
+            }
+            OpKind::Punch { offset, len } => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                Io::Allocate { fd, mode, offset, len }
             }
             OpKind::Sync => Io::Sync { fd },
             OpKind::Extend { from, to } => match self.extend(fd, from, to) {
@@ -191,12 +222,58 @@ impl Driver {
                     None => self.hand_over(engine, &flight, len),
                 }
             }
+            (OpKind::CopyRead { buffer, offset, len }, Ok(count)) => {
+                match self.copy_more(&mut flight, buffer, offset, len, count) {
+                    Ok(Some(io)) => return Step::Submit(Flight { io, ..flight }, io),
+                    Ok(None) => Outcome::Done,
+                    Err(outcome) => outcome,
+                }
+            }
             (kind, Ok(count)) => counted(kind, count),
         };
         if let Some(index) = flight.block {
             self.free_blocks.push(index);
         }
         Step::Ended(flight.op, outcome)
+    }
+
+    fn copy_start(&self, buffer: u16) -> usize {
+        usize::from(buffer) * COPY_BUFFER as usize
+    }
+
+    fn copy(&self, buffer: u16, at: u32, len: u32) -> Piece {
+        assert!(at + len <= COPY_BUFFER, "a copy goes through one buffer");
+        self.copies.piece(self.copy_start(buffer) + at as usize, len)
+    }
+
+    /// After `count` more bytes of a copy's read: the read of the rest, or `None` when all is
+    /// there. Zeros only stand for what lies behind the end of the file; a file that has become
+    /// shorter, or a read that ends early for an error further on, must not become zeros.
+    fn copy_more(
+        &self,
+        flight: &mut Flight,
+        buffer: u16,
+        offset: u64,
+        len: u32,
+        count: u32,
+    ) -> Result<Option<Io>, Outcome> {
+        let Some((backing, end)) = &self.backing else {
+            return Err(Outcome::Error(IoErrorKind::Io));
+        };
+        flight.have = (flight.have + count).min(len);
+        let inside = end.saturating_sub(offset).min(len.into());
+        if u64::from(flight.have) >= inside {
+            let rest = self.copy_start(buffer) + flight.have as usize;
+            self.copies.zero(rest, (len - flight.have) as usize);
+            return Ok(None);
+        }
+        flight.parts += 1;
+        if count == 0 || flight.parts >= MAX_PARTS {
+            return Err(Outcome::Error(IoErrorKind::Io));
+        }
+        let to = self.copy(buffer, flight.have, len - flight.have);
+        let offset = offset + u64::from(flight.have);
+        Ok(Some(Io::Read { fd: backing.as_raw_fd(), to, offset }))
     }
 
     fn take_block(&mut self, len: u32) -> (u32, Piece) {
@@ -213,12 +290,16 @@ impl Driver {
         if flight.have == len {
             return None;
         }
+        if count == 0 && flight.have == 0 {
+            // A page of metadata begins inside the file, or somebody has cut the file off.
+            flight.parts = MAX_PARTS;
+        }
         let at_end = count == 0
             || self.len().is_ok_and(|end| offset + u64::from(flight.have) >= end)
             || flight.parts >= MAX_PARTS;
         if at_end {
             let rest = (len - flight.have) as usize;
-            // A read that makes no progress before the end is the exception in `hand_over`.
+            // With all parts used up, `hand_over` makes an error of it.
             self.staging.zero(block_start(index) + flight.have as usize, rest);
             return None;
         }
@@ -257,7 +338,7 @@ impl Driver {
         if to <= from {
             return Err(Outcome::Done);
         }
-        Ok(Io::Allocate { fd, offset: from, len: to - from })
+        Ok(Io::Allocate { fd, mode: 0, offset: from, len: to - from })
     }
 
     /// A longer sparse file, where the file system has no fallocate. Never a shorter one.
@@ -303,7 +384,10 @@ fn counted(kind: OpKind, count: u32) -> Outcome {
     match kind {
         OpKind::Read { len, .. } if count < len => Outcome::Short(count),
         // A write that wrote nothing would be tried for ever.
-        OpKind::Write { .. } | OpKind::WriteZeros { .. } | OpKind::MetaWrite { .. }
+        OpKind::Write { .. }
+        | OpKind::WriteZeros { .. }
+        | OpKind::MetaWrite { .. }
+        | OpKind::CopyWrite { .. }
             if count == 0 =>
         {
             Outcome::Error(IoErrorKind::Io)
@@ -311,6 +395,7 @@ fn counted(kind: OpKind, count: u32) -> Outcome {
         OpKind::Write { len, .. }
         | OpKind::WriteZeros { len, .. }
         | OpKind::MetaWrite { len, .. }
+        | OpKind::CopyWrite { len, .. }
             if count < len =>
         {
             Outcome::Short(count)

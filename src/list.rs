@@ -137,7 +137,8 @@ impl Entry {
             "target_type": self.state.as_ref().map(|_| "qcow2"),
             "target": self.state,
             "health": self.state.as_ref().map(|_| self.health()),
-            "figures": self.figures,
+            "stats": self.figures.as_ref().map(|figures| &figures["stats"]),
+            "memory": self.figures.as_ref().map(|figures| &figures["memory"]),
         })
     }
 }

@@ -13,6 +13,7 @@
 //!
 //! `unsafe` code is in `ring.rs`, `buffer.rs` and `sys.rs`, and nowhere else.
 
+mod backing;
 mod buffer;
 mod busy;
 mod cli;

@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use qcow2::{Engine, Extent, Header, Image, Options};
 
 use crate::buffer::PAGE;
-use crate::{lock, sys};
+use crate::{backing, lock, sys};
 
 /// Direct or buffered I/O on the image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +42,8 @@ pub struct Wanted {
 /// An image that is ready to be served.
 pub struct Opened {
     pub file: File,
+    /// What lies beneath.
+    pub backing: Option<(File, u64)>,
     pub kind: FileKind,
     pub engine: Engine,
     pub direct: bool,
@@ -91,6 +93,12 @@ pub fn open(wanted: &Wanted) -> Result<Opened> {
     let read_only = wanted.options.read_only;
     let file = open_file(&wanted.path, read_only)?;
     let kind = FileKind::of(&file)?;
+    if matches!(kind, FileKind::BlockDevice { .. }) && !read_only {
+        bail!(
+            "is a block device; images on block devices are served with --read-only only, so far \
+             (or copy it to a file)"
+        );
+    }
     // Opened so that a pipe or a terminal could not hold us up; that is settled now.
     clear_flag(&file, OFlag::O_NONBLOCK)?;
     lock::take(&file, read_only)?;
@@ -105,7 +113,8 @@ pub fn open(wanted: &Wanted) -> Result<Opened> {
 
     let geometry = header.geometry();
     if direct.is_some_and(|alignment| u64::from(alignment) > geometry.cluster_size()) {
-        (direct, note) = (None, buffered(wanted.mode, "its clusters are smaller than 4096 bytes")?);
+        (direct, note) =
+            (None, buffered(wanted.mode, "needs clusters of 4096 bytes or more there")?);
         clear_flag(&file, OFlag::O_DIRECT)?;
         reader.alignment = 1;
     }
@@ -113,11 +122,19 @@ pub fn open(wanted: &Wanted) -> Result<Opened> {
     let l1 = reader.extent(header.l1_extent()).context("reading the L1 table")?;
     let refcounts =
         reader.extent(header.refcount_table_extent()).context("reading the refcount table")?;
-    let image = Image::new(header, &l1, &refcounts, len)?;
+    let backing = match header.backing() {
+        Some(named) => Some(backing::open(&wanted.path, named)?),
+        None => None,
+    };
+    let image = match &backing {
+        Some((_, beneath)) => Image::with_backing(header, &l1, &refcounts, len, *beneath)?,
+        None => Image::new(header, &l1, &refcounts, len)?,
+    };
     let options = Options { alignment: direct.unwrap_or(512), ..wanted.options.clone() };
     let engine = Engine::new(image, &options)?;
     let cluster_bits = geometry.cluster_bits();
-    Ok(Opened { file, kind, engine, direct: direct.is_some(), note, version, cluster_bits })
+    let direct = direct.is_some();
+    Ok(Opened { file, backing, kind, engine, direct, note, version, cluster_bits })
 }
 
 fn open_file(path: &Path, read_only: bool) -> Result<File> {

@@ -16,10 +16,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use qcow2::{Engine, Health, Reply, Request};
 
 use crate::buffer::Area;
-use crate::driver::{Driver, Flight, Step, TagBuffers};
+use crate::driver::{Driver, Files, Flight, Step, TagBuffers};
 use crate::errno;
 use crate::link::{Event, QueueEnd, Report};
-use crate::open::FileKind;
 use crate::ring::{Io, MAX_ENTRIES, Ring};
 use crate::ublk;
 
@@ -29,8 +28,7 @@ const QUEUE: u16 = 0;
 /// What the thread is given.
 pub struct Setup {
     pub engine: Engine,
-    pub image: File,
-    pub kind: FileKind,
+    pub files: Files,
     pub char_device: File,
     pub depth: u16,
     /// Bytes of the largest request.
@@ -156,6 +154,9 @@ impl Queue {
     /// One turn of the loop.
     fn turn(&mut self) -> Result<()> {
         self.pump();
+        while let Some(incident) = self.engine.next_incident() {
+            tracing::error!("{incident}");
+        }
         let mut done = std::mem::take(&mut self.done);
         let result = self.ring.turn(&mut done).context("io_uring_enter");
         for (token, code) in done.drain(..) {
@@ -244,8 +245,17 @@ impl Queue {
         let fua = desc.op_flags & ublk::IO_F_FUA != 0;
         match desc.op() {
             ublk::OP_FLUSH => Ok((Request::Flush, 0)),
+            op @ (ublk::OP_DISCARD | ublk::OP_WRITE_ZEROES) => {
+                let (offset, len) = self.range(desc, u32::MAX).ok_or(libc::EIO)?;
+                let unmap = desc.op_flags & ublk::IO_F_NOUNMAP == 0;
+                let request = match op {
+                    ublk::OP_DISCARD => Request::Discard { offset, len },
+                    _ => Request::WriteZeroes { offset, len, unmap },
+                };
+                Ok((request, 0))
+            }
             op @ (ublk::OP_READ | ublk::OP_WRITE) => {
-                let (offset, len) = self.range(desc).ok_or(libc::EIO)?;
+                let (offset, len) = self.range(desc, self.max_request).ok_or(libc::EIO)?;
                 let success = i32::try_from(len).map_err(|_| libc::EIO)?;
                 let request = match op {
                     ublk::OP_READ => Request::Read { offset, len },
@@ -257,14 +267,14 @@ impl Queue {
         }
     }
 
-    /// Offset and length in bytes, if they lie on the disk and fit a buffer.
-    fn range(&self, desc: &ublk::IoDesc) -> Option<(u64, u32)> {
+    /// Offset and length in bytes, if they lie on the disk and are at most `most` bytes.
+    fn range(&self, desc: &ublk::IoDesc, most: u32) -> Option<(u64, u32)> {
         let offset = desc.start_sector.checked_mul(ublk::SECTOR)?;
         let len = u64::from(desc.nr_sectors).checked_mul(ublk::SECTOR)?;
         let end = offset.checked_add(len)?;
         let aligned = (offset | len) & u64::from(self.block - 1) == 0;
         let len = u32::try_from(len).ok()?;
-        let fits = (1..=self.max_request).contains(&len) && end <= self.device_size;
+        let fits = (1..=most).contains(&len) && end <= self.device_size;
         (fits && aligned).then_some((offset, len))
     }
 
@@ -335,9 +345,9 @@ impl Parts {
 
     fn queue(self, setup: Setup) -> Result<impl FnOnce(QueueEnd) -> Queue> {
         let can_truncate = self.ring.can_truncate();
-        let driver =
-            Driver::new(setup.image, setup.kind, self.buffers, self.max_flights, can_truncate)
-                .context("buffers")?;
+        let copies = setup.engine.copy_buffers();
+        let driver = Driver::new(setup.files, self.buffers, self.max_flights, copies, can_truncate)
+            .context("buffers")?;
         let depth = usize::from(setup.depth);
         Ok(move |link| Queue {
             char_fd: setup.char_device.as_raw_fd(),

@@ -29,8 +29,8 @@ pub enum Io {
     Write { fd: RawFd, from: Piece, offset: u64 },
     /// fdatasync.
     Sync { fd: RawFd },
-    /// fallocate, mode 0: allocate and lengthen.
-    Allocate { fd: RawFd, offset: u64, len: u64 },
+    /// fallocate with this mode; 0: allocate and lengthen.
+    Allocate { fd: RawFd, mode: i32, offset: u64, len: u64 },
     /// ftruncate.
     Truncate { fd: RawFd, len: u64 },
     /// A ublk I/O command on the character device.
@@ -113,8 +113,8 @@ impl<T> Ring<T> {
                 opcode::Write::new(Fd(fd), from.address(), from.len()).offset(offset).build()
             }
             Io::Sync { fd } => opcode::Fsync::new(Fd(fd)).flags(FsyncFlags::DATASYNC).build(),
-            Io::Allocate { fd, offset, len } => {
-                opcode::Fallocate::new(Fd(fd), len).offset(offset).mode(0).build()
+            Io::Allocate { fd, mode, offset, len } => {
+                opcode::Fallocate::new(Fd(fd), len).offset(offset).mode(mode).build()
             }
             Io::Truncate { fd, len } => opcode::Ftruncate::new(Fd(fd), len).build(),
             Io::Command { fd, code, payload } => {

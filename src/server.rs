@@ -18,6 +18,7 @@ use crate::cli::AddArgs;
 use crate::control::Control;
 use crate::daemon::{Reporter, START_LIMIT};
 use crate::device::{self, Device};
+use crate::driver::Files;
 use crate::link::{self, Event, MainEnd};
 use crate::open::{self, Mode, Opened};
 use crate::queue;
@@ -41,11 +42,10 @@ pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
 
     reporter.stage("opening the image")?;
     let opened = open::open(&wanted(args))?;
+    // The tables were read into memory that is free again, of their size.
+    sys::trim_memory();
     let mut control = Control::open()?;
     flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
-    if let Some(note) = &opened.note {
-        eprintln!("ublk-qcow2: {}: {note}", args.file.display());
-    }
     reporter.stage("adding a ublk device")?;
     let device = Device::add(
         &mut control,
@@ -59,9 +59,10 @@ pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
         },
     )?;
     let state = describe(args, &opened, &device);
+    let note = opened.note.as_ref().map(|note| format!("{}: {note}", args.file.display()));
     // This copy of the descriptor holds the locks until the very end.
     let image = opened.file.try_clone().context("dup")?;
-    let mut server = Server { control, device, signals, state, main: None, _image: image };
+    let mut server = Server { control, device, signals, state, note, main: None, _image: image };
     let result = server.run(opened, reporter);
     server.leave(&result);
     result
@@ -109,6 +110,8 @@ struct Server {
     device: Device,
     signals: Signals,
     state: State,
+    /// For the user, once all has gone well: an error is to be the only line.
+    note: Option<String>,
     /// The link to the queue thread, once that runs.
     main: Option<MainEnd>,
     /// Closed last: the locks go with it.
@@ -129,6 +132,9 @@ impl Server {
         };
         self.state.store()?;
         let listener = state::listen(self.device.id())?;
+        if let Some(note) = &self.note {
+            eprintln!("ublk-qcow2: {}", crate::list::plain(note));
+        }
         let ready = reporter.ready(&path);
         if ready.is_err() {
             // Nobody knows of this device: stop it again.
@@ -142,8 +148,7 @@ impl Server {
         let (main, queue) = link::link().context("eventfd")?;
         let setup = queue::Setup {
             engine: opened.engine,
-            image: opened.file,
-            kind: opened.kind,
+            files: Files { image: opened.file, kind: opened.kind, backing: opened.backing },
             char_device: self.device.open_char()?,
             depth: self.device.info.queue_depth,
             max_request: self.device.max_request(),
@@ -263,7 +268,9 @@ fn figures(main: &MainEnd) -> serde_json::Value {
         "stats": {
             "reads": stats.reads,
             "writes": stats.writes,
+            "zeroes": stats.zeroes,
             "flushes": stats.flushes,
+            "fua_writes": stats.fua_writes,
             "syncs": stats.syncs,
             "allocated_data": stats.allocated_data,
             "allocated_metadata": stats.allocated_metadata,
@@ -271,6 +278,9 @@ fn figures(main: &MainEnd) -> serde_json::Value {
             "metadata_reads": stats.metadata_reads,
             "metadata_writes": stats.metadata_writes,
             "errors": stats.errors,
+            "reserved": stats.reserved,
+            "quarantined": stats.quarantined,
+            "overlay": stats.overlay,
         },
     })
 }

@@ -60,6 +60,12 @@ pub fn become_io_flusher() -> io::Result<()> {
     }
 }
 
+/// Gives memory that was freed back to the system.
+pub fn trim_memory() {
+    // SAFETY: takes a plain number; the allocator does its own locking.
+    unsafe { libc::malloc_trim(0) };
+}
+
 /// Splits the process in two. Must be called before any thread or ring exists.
 pub fn fork() -> nix::Result<ForkResult> {
     // SAFETY: only one thread exists (callers start the first one later), so no lock can be held

@@ -98,6 +98,7 @@ pub struct Params {
 }
 
 pub const PARAM_BASIC: u32 = 1 << 0;
+pub const PARAM_DISCARD: u32 = 1 << 1;
 
 pub const ATTR_READ_ONLY: u32 = 1 << 0;
 pub const ATTR_VOLATILE_CACHE: u32 = 1 << 2;
@@ -137,8 +138,12 @@ const _: () = {
 pub const OP_READ: u8 = 0;
 pub const OP_WRITE: u8 = 1;
 pub const OP_FLUSH: u8 = 2;
+pub const OP_DISCARD: u8 = 3;
+pub const OP_WRITE_ZEROES: u8 = 5;
 /// In `op_flags`: reply only when the write would survive a power cut.
 pub const IO_F_FUA: u32 = 1 << 13;
+/// In `op_flags` of WRITE ZEROES: keep the space.
+pub const IO_F_NOUNMAP: u32 = 1 << 15;
 
 impl IoDesc {
     /// The operation: the low byte of `op_flags`.
