@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers are tests")]
 
+mod support;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -160,7 +162,7 @@ fn features_that_are_not_served_are_named() {
 #[test]
 fn without_the_driver_a_good_image_is_refused_with_the_module_to_load() {
     if has_ublk() {
-        eprintln!("SKIPPED: this machine has /dev/ublk-control");
+        support::skip("this machine has /dev/ublk-control");
         return;
     }
     let folder = Folder::new();
@@ -203,7 +205,7 @@ fn a_file_without_permission_is_refused_with_the_way_out() {
     }
     let output = as_user();
     if String::from_utf8_lossy(&output.stderr).contains("failed to execute") {
-        eprintln!("SKIPPED: another user cannot reach {PROGRAM}");
+        support::skip(&format!("another user cannot reach {PROGRAM}"));
         return;
     }
     let error = failure(&output);
