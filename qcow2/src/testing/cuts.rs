@@ -2,9 +2,9 @@
 //!
 //! Every sector that is not synced holds, independently, its durable content or that of any later
 //! change; the length lies anywhere between the old and the new. Where at most ten sectors are not
-//! synced, all combinations are visited. Above that: all prefixes (in the order of submission and in
-//! that of completion), all single omissions, all single inclusions, all but one structure and only
-//! one structure, and random subsets.
+//! synced, all combinations are visited. Above that: all prefixes (in the order of submission and
+//! in that of completion), all single omissions, all single inclusions, all but one structure and
+//! only one structure, and random subsets.
 
 use std::string::String;
 use std::vec::Vec;

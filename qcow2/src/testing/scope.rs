@@ -75,8 +75,8 @@ pub fn alphabet(cluster: u64, zeroes: bool) -> Vec<Request> {
     all
 }
 
-/// Goes through every order of `requests`, submitted in this order, on a fresh image; gives up after
-/// `most` states of the world.
+/// Goes through every order of `requests`, submitted in this order, on a fresh image; gives up
+/// after `most` states of the world.
 ///
 /// # Errors
 /// What is wrong, and the way there.

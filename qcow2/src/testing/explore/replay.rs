@@ -56,8 +56,8 @@ fn parse(text: &str) -> Option<(workload::Workload, u64, Vec<Stage>)> {
     Some((workload::find(name)?, seed.parse().ok()?, stages))
 }
 
-/// Replays what leads to `text`, a path as in [`Violation::replay`]. `Ok` says that nothing is wrong
-/// there.
+/// Replays what leads to `text`, a path as in [`Violation::replay`]. `Ok` says that nothing is
+/// wrong there.
 ///
 /// # Errors
 /// The violation, with the trace in words; also if the path cannot be read.
