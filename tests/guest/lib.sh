@@ -21,6 +21,7 @@ on_exit() {
     fi
 }
 trap on_exit EXIT
+trap "exit 143" TERM
 
 say() { echo "$test_name [$SECONDS s]: $*"; }
 fail() {
