@@ -98,12 +98,8 @@ impl Engine {
             self.read_piece(buffer, job);
             return;
         }
-        *running_slot(&mut self.copies, buffer) = None;
+        self.copies.running[usize::from(buffer)] = None;
         self.finish_payload(job.request, result);
         self.start_copies();
     }
-}
-
-fn running_slot(copies: &mut Copies, buffer: CopyId) -> &mut Option<Job> {
-    &mut copies.running[usize::from(buffer)]
 }
