@@ -28,6 +28,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use nix::unistd::{Whence, lseek};
+use qcow2::testing::Prng;
 use serde_json::json;
 
 const SECTOR: usize = 512;
@@ -104,32 +105,15 @@ fn main() -> ExitCode {
 
 // --- sectors --------------------------------------------------------------------------------
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-}
-
 /// Fills one sector of write `seq`.
 fn fill(sector: &mut [u8], address: u64, seq: u64, identity: u64) {
     sector[..8].copy_from_slice(MAGIC);
     sector[8..16].copy_from_slice(&address.to_be_bytes());
     sector[16..24].copy_from_slice(&seq.to_be_bytes());
     sector[24..32].copy_from_slice(&identity.to_be_bytes());
-    let mut filler = Random(address ^ seq.rotate_left(32) ^ identity);
+    let mut filler = Prng::new(address ^ seq.rotate_left(32) ^ identity);
     for word in sector[32..508].chunks_mut(8) {
-        word.copy_from_slice(&filler.next().to_be_bytes()[..word.len()]);
+        word.copy_from_slice(&filler.any().to_be_bytes()[..word.len()]);
     }
     let crc = crc32fast::hash(&sector[..508]);
     sector[508..512].copy_from_slice(&crc.to_be_bytes());
@@ -262,7 +246,7 @@ struct Job {
 
 /// Extents of a batch, which do not overlap. Half of all go to a sixteenth of the span, so that
 /// much is written more than once.
-fn batch(random: &mut Random, first_seq: u64, count: u64, span: u64) -> Vec<Job> {
+fn batch(random: &mut Prng, first_seq: u64, count: u64, span: u64) -> Vec<Job> {
     let sectors = span / SECTOR_U64;
     let mut jobs: Vec<Job> = Vec::new();
     while (jobs.len() as u64) < count {
@@ -359,7 +343,7 @@ fn write(
     };
     ensure!(log.span > 0 && log.span <= size, "span {} on {size} bytes", log.span);
 
-    let mut random = Random(seed ^ log.last_seq);
+    let mut random = Prng::new(seed ^ log.last_seq);
     let first_seq = log.last_seq + 1;
     let mut unsynced: Option<(u64, u64)> = None;
     let mut durable = 0;
@@ -654,7 +638,7 @@ mod tests {
 
     #[test]
     fn batches_do_not_overlap_and_stay_inside() {
-        let mut random = Random(3);
+        let mut random = Prng::new(3);
         for _ in 0..100 {
             let mut jobs = batch(&mut random, 1, 8, 1 << 20);
             jobs.sort_by_key(|job| job.extent.first);
