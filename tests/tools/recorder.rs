@@ -9,24 +9,30 @@
 //!
 //!     log IDENTITY SPAN        the first line
 //!     w SEQ SECTOR COUNT       this write is about to be submitted
-//!     d FROM TO                the writes FROM to TO completed, and a later fsync succeeded
-//!     o SECTOR SEQ             verify --pin saw this value (0: zeros) after a crash
+//!     z SEQ SECTOR COUNT       the same for a write of zeros without a payload
+//!     t SEQ SECTOR COUNT       the same for a discard ("trim")
+//!     d FROM TO                FROM to TO completed, and a later fsync succeeded
+//!     o SECTOR SEQ             verify --pin saw this value (0: as at the start) after a crash
 //!
 //! Writes go in batches. Those of a batch do not overlap and run at the same time, together with
 //! the fsync of the batch before, so a crash finds both in flight.
 //!
 //! **Rule.** A sector holds the newest value that is durable, or one that was submitted after it.
-//! A sector without a durable value may also be zeros. Anything else is a failure.
+//! A sector without a durable value may also hold what was there at the start: zeros, or the same
+//! sector of the base. A discard makes zeros allowed, and rules nothing out: it is a hint. Anything
+//! else is a failure.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 use qcow2::testing::Prng;
 use serde_json::json;
@@ -72,6 +78,9 @@ enum Command {
         /// End after so many writes [default: never]
         #[arg(long)]
         writes: Option<u64>,
+        /// A third of all is a discard or a write of zeros without a payload
+        #[arg(long)]
+        trim: bool,
     },
     /// Compare a raw image with the log; prints one line of JSON, status 1 if anything is wrong
     Verify {
@@ -79,6 +88,9 @@ enum Command {
         image_raw: PathBuf,
         #[arg(long)]
         log: PathBuf,
+        /// What was there at the start; zeros behind its end [default: zeros]
+        #[arg(long)]
+        base: Option<PathBuf>,
         /// Append to the log which of several allowed values was seen, so that it has to stay
         #[arg(long)]
         pin: bool,
@@ -87,11 +99,14 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Write { device, log, seed, span, sync_every, threads, writes } => {
-            let limits = Limits { sync_every, threads, writes: writes.unwrap_or(u64::MAX) };
+        Command::Write { device, log, seed, span, sync_every, threads, writes, trim } => {
+            let writes = writes.unwrap_or(u64::MAX);
+            let limits = Limits { sync_every, threads, writes, trim };
             write(&device, &log, seed, span, &limits).map(|()| true)
         }
-        Command::Verify { image_raw, log, pin } => verify(&image_raw, &log, pin),
+        Command::Verify { image_raw, log, base, pin } => {
+            verify(&image_raw, &log, base.as_deref(), pin)
+        }
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -127,6 +142,8 @@ fn number(bytes: &[u8]) -> u64 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Content {
     Zeros,
+    /// As at the start, and not zeros.
+    Base,
     Written {
         seq: u64,
     },
@@ -136,9 +153,13 @@ enum Content {
     Torn,
 }
 
-fn content(sector: &[u8], address: u64, identity: u64) -> Content {
+/// What `sector` holds, if at the start it held `base`.
+fn content(sector: &[u8], base: &[u8], address: u64, identity: u64) -> Content {
     if sector == [0; SECTOR] {
         return Content::Zeros;
+    }
+    if sector == base {
+        return Content::Base;
     }
     let of_here = sector[..8] == *MAGIC
         && number(&sector[8..16]) == address
@@ -151,6 +172,24 @@ fn content(sector: &[u8], address: u64, identity: u64) -> Content {
 
 // --- the log --------------------------------------------------------------------------------
 
+/// What becomes of sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Write,
+    Zeros,
+    Discard,
+}
+
+impl Kind {
+    fn letter(self) -> char {
+        match self {
+            Self::Write => 'w',
+            Self::Zeros => 'z',
+            Self::Discard => 't',
+        }
+    }
+}
+
 /// A write in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Extent {
@@ -161,9 +200,9 @@ struct Extent {
 /// What is known of one sector that was ever submitted.
 #[derive(Debug, Default)]
 struct Expected {
-    /// The newest durable sequence number; 0 if there is none, and zeros are allowed.
+    /// The newest durable sequence number; 0 if there is none, and it may be as at the start.
     durable: u64,
-    /// Submitted, and not known to be overwritten by a durable one.
+    /// Submitted, and not known to be overwritten by a durable one: a discard overwrites nothing.
     maybe: Vec<u64>,
 }
 
@@ -175,7 +214,9 @@ struct Log {
     last_seq: u64,
     durable_writes: u64,
     sectors: BTreeMap<u64, Expected>,
-    pending: BTreeMap<u64, Extent>,
+    pending: BTreeMap<u64, (Kind, Extent)>,
+    /// Those that are not writes.
+    kinds: BTreeMap<u64, Kind>,
 }
 
 impl Log {
@@ -195,7 +236,15 @@ impl Log {
         let numbers = words.map(str::parse).collect::<Result<Vec<u64>, _>>()?;
         match (kind, numbers.as_slice()) {
             ("log", &[identity, span]) => (self.identity, self.span) = (identity, span),
-            ("w", &[seq, first, count]) => self.submitted(seq, Extent { first, count })?,
+            ("w", &[seq, first, count]) => {
+                self.submitted(seq, Kind::Write, Extent { first, count })?;
+            }
+            ("z", &[seq, first, count]) => {
+                self.submitted(seq, Kind::Zeros, Extent { first, count })?;
+            }
+            ("t", &[seq, first, count]) => {
+                self.submitted(seq, Kind::Discard, Extent { first, count })?;
+            }
             ("d", &[from, to]) => self.durable(from, to)?,
             ("o", &[sector, seq]) => {
                 self.sectors.insert(sector, Expected { durable: seq, maybe: Vec::new() });
@@ -205,20 +254,38 @@ impl Log {
         Ok(())
     }
 
-    fn submitted(&mut self, seq: u64, extent: Extent) -> Result<()> {
+    fn submitted(&mut self, seq: u64, kind: Kind, extent: Extent) -> Result<()> {
         ensure!(seq > self.last_seq, "sequence numbers rise");
         self.last_seq = seq;
+        if kind != Kind::Write {
+            self.kinds.insert(seq, kind);
+        }
         for sector in extent.first..extent.first + extent.count {
             self.sectors.entry(sector).or_default().maybe.push(seq);
         }
-        self.pending.insert(seq, extent);
+        self.pending.insert(seq, (kind, extent));
         Ok(())
+    }
+
+    /// Is this what a sector may hold of which `seq` is the newest write?
+    fn allows(&self, seq: u64, content: Content, base_is_zeros: bool) -> bool {
+        match content {
+            Content::Zeros if seq == 0 => base_is_zeros,
+            Content::Zeros => self.kinds.contains_key(&seq),
+            Content::Base => seq == 0,
+            Content::Written { seq: found } => found == seq && !self.kinds.contains_key(&seq),
+            Content::Foreign | Content::Torn => false,
+        }
     }
 
     fn durable(&mut self, from: u64, to: u64) -> Result<()> {
         for seq in from..=to {
-            let extent = self.pending.remove(&seq).context("durable, but never submitted")?;
+            let (kind, extent) =
+                self.pending.remove(&seq).context("durable, but never submitted")?;
             self.durable_writes += 1;
+            if kind == Kind::Discard {
+                continue;
+            }
             for sector in extent.first..extent.first + extent.count {
                 let expected = self.sectors.entry(sector).or_default();
                 expected.durable = expected.durable.max(seq);
@@ -235,18 +302,20 @@ struct Limits {
     sync_every: u64,
     threads: usize,
     writes: u64,
+    trim: bool,
 }
 
 /// A write to be done.
 #[derive(Clone, Copy)]
 struct Job {
     seq: u64,
+    kind: Kind,
     extent: Extent,
 }
 
 /// Extents of a batch, which do not overlap. Half of all go to a sixteenth of the span, so that
 /// much is written more than once.
-fn batch(random: &mut Prng, first_seq: u64, count: u64, span: u64) -> Vec<Job> {
+fn batch(random: &mut Prng, first_seq: u64, count: u64, span: u64, trim: bool) -> Vec<Job> {
     let sectors = span / SECTOR_U64;
     let mut jobs: Vec<Job> = Vec::new();
     while (jobs.len() as u64) < count {
@@ -268,10 +337,43 @@ fn batch(random: &mut Prng, first_seq: u64, count: u64, span: u64) -> Vec<Job> {
         };
         if !jobs.iter().any(overlaps) {
             let extent = Extent { first, count: length };
-            jobs.push(Job { seq: first_seq + jobs.len() as u64, extent });
+            let kind = match random.below(6) {
+                0 if trim => Kind::Zeros,
+                1 if trim => Kind::Discard,
+                _ => Kind::Write,
+            };
+            jobs.push(Job { seq: first_seq + jobs.len() as u64, kind, extent });
         }
     }
     jobs
+}
+
+mod ioctl {
+    nix::ioctl_write_ptr_bad!(
+        /// `BLKDISCARD` of the two numbers, offset and length in bytes.
+        blkdiscard,
+        nix::request_code_none!(0x12, 119),
+        [u64; 2]
+    );
+}
+
+/// A discard, or a write of zeros; a file cannot discard, and gets a hole.
+fn without_payload(device: &File, job: Job) -> io::Result<()> {
+    let (offset, length) = (job.extent.first * SECTOR_U64, job.extent.count * SECTOR_U64);
+    if job.kind == Kind::Discard && device.metadata()?.file_type().is_block_device() {
+        // SAFETY: the kernel reads two numbers from the array, which outlives the call.
+        unsafe { ioctl::blkdiscard(device.as_raw_fd(), &[offset, length]) }?;
+        return Ok(());
+    }
+    // Every second may give the space back, the others keep it.
+    let flags = if job.seq % 2 == 0 || job.kind == Kind::Discard {
+        FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE
+    } else {
+        FallocateFlags::FALLOC_FL_ZERO_RANGE
+    };
+    let signed = |number: u64| i64::try_from(number).map_err(io::Error::other);
+    fallocate(device, flags, signed(offset)?, signed(length)?)?;
+    Ok(())
 }
 
 /// Writes the jobs of one thread.
@@ -281,6 +383,10 @@ fn perform(device: &File, jobs: &[Job], identity: u64) -> io::Result<()> {
     let mut memory = vec![0; bytes + ALIGNMENT];
     let start = memory.as_ptr().align_offset(ALIGNMENT);
     for job in jobs {
+        if job.kind != Kind::Write {
+            without_payload(device, *job)?;
+            continue;
+        }
         let length = usize::try_from(job.extent.count).map_err(io::Error::other)? * SECTOR;
         let buffer = &mut memory[start..start + length];
         for (sector, address) in buffer.chunks_mut(SECTOR).zip(job.extent.first..) {
@@ -350,10 +456,10 @@ fn write(
     let ended = loop {
         let done = log.last_seq + 1 - first_seq;
         let count = limits.sync_every.max(1).min(limits.writes - done);
-        let jobs = batch(&mut random, log.last_seq + 1, count, log.span);
+        let jobs = batch(&mut random, log.last_seq + 1, count, log.span, limits.trim);
         let mut lines = String::new();
-        for Job { seq, extent: Extent { first, count } } in &jobs {
-            lines.push_str(&format!("w {seq} {first} {count}\n"));
+        for Job { seq, kind, extent: Extent { first, count } } in &jobs {
+            lines.push_str(&format!("{} {seq} {first} {count}\n", kind.letter()));
         }
         output.write_all(lines.as_bytes())?;
         let [written, synced] =
@@ -395,7 +501,7 @@ struct Verdict {
     durable: u64,
     newer: u64,
     undecided: u64,
-    zeros: u64,
+    untouched: u64,
     lost: u64,
     old: u64,
     foreign: u64,
@@ -421,45 +527,41 @@ impl Verdict {
         }
     }
 
-    fn sector(&mut self, sector: u64, content: Content, expected: Option<&Expected>) {
+    fn sector(&mut self, log: &Log, sector: u64, content: Content, base_is_zeros: bool) {
         let none = Expected::default();
+        let expected = log.sectors.get(&sector);
         let Expected { durable, maybe } = expected.unwrap_or(&none);
-        let counter = match content {
-            Content::Zeros if *durable == 0 => &mut self.zeros,
-            Content::Zeros => &mut self.lost,
-            Content::Foreign => &mut self.foreign,
-            Content::Torn => &mut self.torn,
-            Content::Written { seq } if seq == *durable => &mut self.durable,
-            Content::Written { seq } if maybe.contains(&seq) => {
-                if *durable == 0 {
-                    &mut self.undecided
-                } else {
-                    &mut self.newer
-                }
-            }
-            Content::Written { seq } if seq < *durable => &mut self.old,
-            // Never submitted for this sector.
-            Content::Written { .. } => &mut self.foreign,
-        };
-        *counter += 1;
-        let right = match content {
-            Content::Zeros => *durable == 0,
-            Content::Written { seq } => seq == *durable || maybe.contains(&seq),
-            Content::Foreign | Content::Torn => false,
-        };
-        if !right {
+        let allows = |&seq: &u64| log.allows(seq, content, base_is_zeros);
+        // The newest that fits: what is seen has to stay, and zeros may be of several.
+        let found = maybe.iter().copied().rev().find(allows).or(Some(*durable).filter(allows));
+        let Some(seq) = found else {
+            *match content {
+                Content::Written { seq } if seq < *durable => &mut self.old,
+                Content::Zeros | Content::Base if *durable != 0 => &mut self.lost,
+                Content::Torn => &mut self.torn,
+                // Never submitted for this sector, or nobody's at all.
+                _ => &mut self.foreign,
+            } += 1;
             self.complain(sector, content, expected);
-        } else if !maybe.is_empty() {
-            self.seen.push((sector, if let Content::Written { seq } = content { seq } else { 0 }));
+            return;
+        };
+        *match seq {
+            0 => &mut self.untouched,
+            seq if seq == *durable => &mut self.durable,
+            _ if *durable == 0 => &mut self.undecided,
+            _ => &mut self.newer,
+        } += 1;
+        if !maybe.is_empty() {
+            self.seen.push((sector, seq));
         }
     }
 }
 
-/// Checks the bytes of `image` from sector `first` on.
-fn check_bytes(log: &Log, first: u64, image: &[u8], verdict: &mut Verdict) {
-    for (bytes, sector) in image.chunks(SECTOR).zip(first..) {
-        let found = content(bytes, sector * SECTOR_U64, log.identity);
-        verdict.sector(sector, found, log.sectors.get(&sector));
+/// Checks the bytes of `image` from sector `first` on, which at the start were those of `base`.
+fn check_bytes(log: &Log, first: u64, image: &[u8], base: &[u8], verdict: &mut Verdict) {
+    for ((bytes, base), sector) in image.chunks(SECTOR).zip(base.chunks(SECTOR)).zip(first..) {
+        let found = content(bytes, base, sector * SECTOR_U64, log.identity);
+        verdict.sector(log, sector, found, base == [0; SECTOR]);
     }
 }
 
@@ -472,7 +574,20 @@ fn has_data(file: &File, start: u64, end: u64) -> bool {
     }
 }
 
-fn verify(image: &Path, log_path: &Path, pin: bool) -> Result<bool> {
+/// Reads `bytes` from `offset` on; zeros behind the end.
+fn read_padded(file: &File, bytes: &mut [u8], offset: u64) -> Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], offset + done as u64)? {
+            0 => break,
+            more => done += more,
+        }
+    }
+    bytes[done..].fill(0);
+    Ok(())
+}
+
+fn verify(image: &Path, log_path: &Path, base: Option<&Path>, pin: bool) -> Result<bool> {
     let log = Log::parse(BufReader::new(File::open(log_path).context("cannot open the log")?))?;
     let file = File::open(image).with_context(|| format!("cannot open {}", image.display()))?;
     let size = device_size(&file)?;
@@ -480,18 +595,24 @@ fn verify(image: &Path, log_path: &Path, pin: bool) -> Result<bool> {
     // Of a device only what was written is read: it cannot say where its holes are.
     let device = file.metadata()?.file_type().is_block_device();
     let mut verdict = Verdict::default();
+    let base = base.map(File::open).transpose().context("cannot open the base")?;
     let mut buffer = vec![0; usize::try_from(CHUNK)?];
+    let mut beneath = buffer.clone();
     for start in (0..size).step_by(usize::try_from(CHUNK)?) {
         let end = size.min(start + CHUNK);
         let sectors = start / SECTOR_U64..end.div_ceil(SECTOR_U64);
         let written = log.sectors.range(sectors.clone()).next().is_some();
-        if !written && (device || !has_data(&file, start, end)) {
-            verdict.zeros += sectors.end - sectors.start;
+        if base.is_none() && !written && (device || !has_data(&file, start, end)) {
+            verdict.untouched += sectors.end - sectors.start;
             continue;
         }
         let bytes = &mut buffer[..usize::try_from(end - start)?];
         file.read_exact_at(bytes, start)?;
-        check_bytes(&log, sectors.start, bytes, &mut verdict);
+        let beneath = &mut beneath[..bytes.len()];
+        if let Some(base) = &base {
+            read_padded(base, beneath, start)?;
+        }
+        check_bytes(&log, sectors.start, bytes, beneath, &mut verdict);
     }
     for complaint in &verdict.complaints {
         eprintln!("recorder: {complaint}");
@@ -500,13 +621,13 @@ fn verify(image: &Path, log_path: &Path, pin: bool) -> Result<bool> {
         let lines: String = verdict.seen.iter().map(|(s, seq)| format!("o {s} {seq}\n")).collect();
         OpenOptions::new().append(true).open(log_path)?.write_all(lines.as_bytes())?;
     }
-    let Verdict { durable, newer, undecided, zeros, lost, old, foreign, torn, .. } = verdict;
+    let Verdict { durable, newer, undecided, untouched, lost, old, foreign, torn, .. } = verdict;
     println!(
         "{}",
         json!({
             "good": verdict.good(), "writes": log.last_seq, "durable_writes": log.durable_writes,
             "sectors_written": log.sectors.len(), "sectors_durable": durable,
-            "sectors_newer": newer, "sectors_undecided": undecided, "sectors_zero": zeros,
+            "sectors_newer": newer, "sectors_undecided": undecided, "sectors_untouched": untouched,
             "lost": lost, "old": old, "foreign": foreign, "torn": torn,
         })
     );
@@ -534,8 +655,12 @@ mod tests {
     }
 
     fn judge(log: &Log, image: &[u8]) -> Verdict {
+        judge_above(log, image, &vec![0; image.len()])
+    }
+
+    fn judge_above(log: &Log, image: &[u8], base: &[u8]) -> Verdict {
         let mut verdict = Verdict::default();
-        check_bytes(log, 0, image, &mut verdict);
+        check_bytes(log, 0, image, base, &mut verdict);
         verdict
     }
 
@@ -548,7 +673,7 @@ mod tests {
             let verdict = judge(&log(TWO), &image(&[(2, 1), (3, third)]));
             assert!(verdict.good(), "{verdict:?}");
             assert_eq!(verdict.newer, newer);
-            assert_eq!(verdict.zeros, 14);
+            assert_eq!(verdict.untouched, 14);
         }
     }
 
@@ -637,10 +762,51 @@ mod tests {
     }
 
     #[test]
+    fn after_a_discard_there_are_zeros_or_what_was_there() {
+        let log = log("w 1 5 1\nd 1 1\nt 2 5 1\nd 2 2\n");
+        assert!(judge(&log, &image(&[])).good());
+        assert!(judge(&log, &image(&[(5, 1)])).good());
+        let base = image(&[(7, 1)]);
+        let verdict = judge_above(&log, &base, &base);
+        assert!(verdict.good() && verdict.untouched == 16 - 1, "{verdict:?}");
+    }
+
+    #[test]
+    fn a_write_after_a_discard_stays() {
+        let log = log("w 1 5 1\nd 1 1\nt 2 5 1\nd 2 2\nw 3 5 1\nd 3 3\n");
+        assert!(judge(&log, &image(&[(5, 3)])).good());
+        assert_eq!(judge(&log, &image(&[])).lost, 1);
+        assert_eq!(judge(&log, &image(&[(5, 1)])).old, 1);
+    }
+
+    #[test]
+    fn zeros_that_were_written_stay() {
+        let log = log("w 1 5 1\nd 1 1\nz 2 5 1\nd 2 2\n");
+        assert!(judge(&log, &image(&[])).good());
+        assert_eq!(judge(&log, &image(&[(5, 1)])).old, 1);
+    }
+
+    #[test]
+    fn zeros_where_the_base_has_content_need_a_reason() {
+        let mut base = image(&[]);
+        base[5 * SECTOR..6 * SECTOR].fill(0xbb);
+        for (text, zeros, beneath) in [
+            ("", false, true),
+            ("t 1 5 1\nd 1 1\n", true, true),
+            ("z 1 5 1\n", true, true),
+            ("z 1 5 1\nd 1 1\n", true, false),
+        ] {
+            let log = log(text);
+            assert_eq!(judge_above(&log, &image(&[]), &base).good(), zeros, "{text}");
+            assert_eq!(judge_above(&log, &base, &base).good(), beneath, "{text}");
+        }
+    }
+
+    #[test]
     fn batches_do_not_overlap_and_stay_inside() {
         let mut random = Prng::new(3);
         for _ in 0..100 {
-            let mut jobs = batch(&mut random, 1, 8, 1 << 20);
+            let mut jobs = batch(&mut random, 1, 8, 1 << 20, true);
             jobs.sort_by_key(|job| job.extent.first);
             for pair in jobs.windows(2) {
                 assert!(pair[0].extent.first + pair[0].extent.count <= pair[1].extent.first);
@@ -655,7 +821,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (file, log) = (folder.path().join("raw"), folder.path().join("log"));
         File::create(&file).unwrap().set_len(8 << 20).unwrap();
-        let limits = Limits { sync_every: 8, threads: 4, writes: 60 };
+        let limits = Limits { sync_every: 8, threads: 4, writes: 60, trim: true };
         // In memory O_DIRECT may be refused; then there is nothing to test here.
         let refused = |error: &anyhow::Error| {
             let error = error.downcast_ref::<io::Error>();
@@ -666,13 +832,13 @@ mod tests {
                 Err(error) if refused(&error) => return,
                 result => result.unwrap(),
             }
-            assert!(verify(&file, &log, true).unwrap());
+            assert!(verify(&file, &log, None, true).unwrap());
         }
         let parsed = Log::parse(BufReader::new(File::open(&log).unwrap())).unwrap();
         assert_eq!((parsed.last_seq, parsed.durable_writes), (120, 120));
         let first = *parsed.sectors.keys().next().unwrap();
         let raw = OpenOptions::new().write(true).open(&file).unwrap();
         raw.write_all_at(&[0; SECTOR], first * SECTOR_U64).unwrap();
-        assert!(!verify(&file, &log, false).unwrap());
+        assert!(!verify(&file, &log, None, false).unwrap());
     }
 }
