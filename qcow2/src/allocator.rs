@@ -14,7 +14,8 @@
 //! Two sources. **Recycled** clusters have refcount 0 inside the file; a cursor looks for them one
 //! refcount page at a time. They may hold anything, also data of a reservation that an earlier
 //! process lost, so they are zeroed (`ZeroRange`) as part of being reserved. **Fresh** ones lie
-//! past the end of the file, which is extended over them. Either way what becomes durable in the
+//! past the end of the file, which is extended over them (on a block device: behind all that is
+//! counted; there they hold anything, too). Either way what becomes durable in the
 //! same fdatasync as the refcounts is [`Space::Zero`]; where the host cannot zero, it is
 //! [`Space::Stale`]. A cluster counts as free only if its refcount is 0 *and* no table lies there
 //! *and* it is not in [quarantine](crate::quarantine).
@@ -62,13 +63,13 @@ struct Pending {
 
 /// A refcount block that the refcount table on disk must not name yet.
 #[derive(Clone, Copy, Debug)]
-struct NewBlock {
+pub(crate) struct NewBlock {
     /// Entry of the refcount table.
-    index: u64,
+    pub(crate) index: u64,
     /// The round whose first fdatasync makes the block durable.
-    round: u64,
+    pub(crate) round: u64,
     /// The block is durable, and its table entry is being made so by this round.
-    linked: bool,
+    pub(crate) linked: bool,
 }
 
 /// Reservation and the search for free clusters.
@@ -79,18 +80,20 @@ pub(crate) struct Allocator {
     pool: u64,
     pending: Vec<Pending>,
     pending_clusters: u64,
-    new_blocks: Vec<NewBlock>,
+    pub(crate) new_blocks: Vec<NewBlock>,
+    /// On a block device: this cluster was zeroed to become one.
+    pub(crate) zeroed_block: Option<u64>,
     /// Clusters to hold in reserve, once somebody has wanted one.
     target: u64,
     wanted: bool,
     /// All clusters from here on are fresh.
-    next_fresh: u64,
+    pub(crate) next_fresh: u64,
     /// Clusters `scan..scan_end` were not looked at yet and may be free.
     scan: u64,
     scan_end: u64,
-    extending: bool,
+    pub(crate) extending: bool,
     /// Why nothing fresh can be reserved for now.
-    error: Option<IoErrorKind>,
+    pub(crate) error: Option<IoErrorKind>,
     /// The refcount table is too short for `next_fresh`.
     pub(crate) must_grow: bool,
     /// Reserve no more: the image is being closed.
@@ -121,6 +124,7 @@ impl Allocator {
             pending: Vec::with_capacity(MAX_PENDING),
             pending_clusters: 0,
             new_blocks: Vec::new(),
+            zeroed_block: None,
             target,
             wanted: false,
             next_fresh: end,
@@ -136,10 +140,6 @@ impl Allocator {
     /// Where the file may be cut off when it is closed, in bytes.
     pub(crate) fn unused_end(&self, geometry: Geometry) -> u64 {
         self.next_fresh << geometry.cluster_bits()
-    }
-
-    pub(crate) fn next_fresh(&self) -> u64 {
-        self.next_fresh
     }
 
     pub(crate) fn skip_fresh(&mut self, to: u64) {
@@ -220,9 +220,9 @@ impl Engine {
             return RefcountPlace::NoBlock;
         };
         let within = cluster & (geometry.refcounts_per_block() - 1);
-        let byte = geometry.host_start(block).0 + within * 2;
+        let byte = geometry.host_start(block).0 + geometry.refcount_bytes(within);
         let index = within & ((1 << geometry.refcount_page_bits()) - 1);
-        let index = usize::try_from(index).expect("below 2048");
+        let index = usize::try_from(index).expect("at most 2^15 per page");
         RefcountPlace::Page(byte >> geometry.page_bits(), index)
     }
 
@@ -318,12 +318,16 @@ impl Engine {
             } else {
                 self.push_pending(at, count, Space::Stale, None);
             }
-            let bits = self.geometry().cluster_bits();
-            let kind = OpKind::ZeroRange { offset: at << bits, len: count << bits };
-            self.emit(Owner::Reserved(at), kind);
+            self.zero_reserved(at, count);
             return true;
         }
         false
+    }
+
+    fn zero_reserved(&mut self, at: u64, count: u64) {
+        let bits = self.geometry().cluster_bits();
+        let kind = OpKind::ZeroRange { offset: at << bits, len: count << bits };
+        self.emit(Owner::Reserved(at), kind);
     }
 
     /// A recycled run was zeroed, or cannot be.
@@ -385,9 +389,18 @@ impl Engine {
         if run == 0 {
             return false;
         }
+        if self.options.fixed_size && !self.ops.has_room() {
+            return false;
+        }
         self.raise(slot, index, run);
         self.allocator.next_fresh += run;
         mark!("reserve.fresh");
+        if self.options.fixed_size {
+            // What lies there was there before.
+            self.push_pending(first, run, Space::Stale, None);
+            self.zero_reserved(first, run);
+            return true;
+        }
         if planted::is(Bug::NoSyncBeforeL2) {
             self.allocator.add_to_pool(first, run, Space::Zero);
             self.wake(|wait| wait == Wait::Reserve);
@@ -420,7 +433,7 @@ impl Engine {
     }
 
     /// How many of `want` clusters from `first` on the file reaches over; if none, it is extended.
-    fn extended_over(&mut self, first: u64, want: u64) -> u64 {
+    pub(crate) fn extended_over(&mut self, first: u64, want: u64) -> u64 {
         let bits = self.geometry().cluster_bits();
         let reached = self.file_len >> bits;
         if reached > first {
@@ -486,67 +499,8 @@ impl Engine {
         }
     }
 
-    /// A refcount block for the range that `cluster` lies in, at `cluster` itself: it counts
-    /// itself. The space is fresh, so all of the block but that one entry is zeros on disk already.
-    fn new_refcount_block(&mut self, cluster: u64) -> bool {
-        if self.extended_over(cluster, 1) == 0 {
-            return false;
-        }
-        let geometry = self.geometry();
-        let within = cluster & (geometry.refcounts_per_block() - 1);
-        let block = HostCluster::new(cluster).expect("fresh clusters lie behind the header");
-        let page = (geometry.host_start(block).0 + within * 2) >> geometry.page_bits();
-        let slot = match self.refcount_cache.lookup(page) {
-            // Left by an attempt that ended just below: it is what the disk holds.
-            Lookup::Hit(slot) => slot,
-            Lookup::Loading => unreachable!("nobody reads a block that no table names"),
-            Lookup::Absent => {
-                let Some(slot) = self.refcount_cache.begin_load(page) else {
-                    self.round.wanted |= self.refcount_cache.is_unclean();
-                    return false;
-                };
-                self.refcount_cache.finish_zero(slot);
-                slot
-            }
-        };
-        if !self.refcount_cache.may_dirty(slot) {
-            self.round.wanted = true;
-            return false;
-        }
-        let index = within & ((1 << geometry.refcount_page_bits()) - 1);
-        self.refcount_cache.set_refcount(slot, usize::try_from(index).expect("below 2048"), 1);
-        let entry = cluster >> geometry.refblock_bits();
-        let round = self.next_round();
-        mark!("reserve.new_refcount_block");
-        self.allocator.new_blocks.push(NewBlock { index: entry, round, linked: false });
-        self.refcount_table.set(entry, geometry.host_start(block).0);
-        self.metadata.insert(cluster);
-        self.allocator.next_fresh = cluster + 1;
-        self.stats.allocated_metadata += 1;
-        self.note_dirty();
-        true
-    }
-
-    /// The first fdatasync of a round has returned: what was reserved before the round is durable.
-    pub(crate) fn reserve_synced(&mut self, round: u64) {
-        for block in &mut self.allocator.new_blocks {
-            if block.round <= round && !block.linked {
-                block.linked = true;
-                // The page on disk had this entry hidden: it has to be written once more.
-                self.refcount_table.touch(block.index);
-            }
-        }
-        self.admit(round);
-    }
-
-    /// The second one has: so are the refcount table entries.
-    pub(crate) fn tables_synced(&mut self, round: u64) {
-        self.allocator.new_blocks.retain(|block| !block.linked);
-        self.admit(round);
-    }
-
     /// Moves into the pool what is durable and counted by a block that the table names.
-    fn admit(&mut self, round: u64) {
+    pub(crate) fn admit(&mut self, round: u64) {
         let bits = self.geometry().refblock_bits();
         let mut number = 0;
         while let Some(&pending) = self.allocator.pending.get(number) {

@@ -12,6 +12,7 @@ use alloc::vec::Vec;
 
 use byteorder::{BigEndian, ByteOrder};
 
+use crate::entry::L2Entry;
 use crate::geometry::Geometry;
 use crate::planted::{self, Bug};
 
@@ -54,6 +55,9 @@ pub(crate) enum Lookup {
 #[derive(Clone, Debug)]
 pub(crate) struct Cache {
     page_bits: u32,
+    /// log2 of the bits of a refcount, of the bytes of an L2 entry.
+    refcount_order: u32,
+    entry_bits: u32,
     slots: Vec<Slot>,
     data: Vec<u8>,
     /// Open addressing, linear probing, at most half full: slot number + 1, or 0.
@@ -71,6 +75,8 @@ impl Cache {
         let slots = slots.max(2);
         Self {
             page_bits: geometry.page_bits(),
+            refcount_order: geometry.refcount_width().trailing_zeros(),
+            entry_bits: geometry.entry_bits(),
             slots: vec![free; slots],
             data: vec![0; slots << geometry.page_bits()],
             index: vec![0; (slots * 2).next_power_of_two()],
@@ -219,14 +225,31 @@ impl Cache {
         &mut self.data[start..start + (1 << self.page_bits)]
     }
 
-    /// Entry `index` of a page of 8-byte entries.
+    /// Word `index` of a page of 8-byte words.
     pub(crate) fn word(&self, id: SlotId, index: usize) -> u64 {
         BigEndian::read_u64(&self.bytes(id)[index * 8..])
     }
 
-    /// Entry `index` of a page of 16-bit refcounts.
-    pub(crate) fn refcount(&self, id: SlotId, index: usize) -> u16 {
-        BigEndian::read_u16(&self.bytes(id)[index * 2..])
+    /// Entry `index` of a page of L2 entries of the image that the cache is made for.
+    pub(crate) fn entry(&self, id: SlotId, index: usize) -> L2Entry {
+        match self.entry_bits {
+            3 => L2Entry { word: self.word(id, index), bitmap: 0 },
+            _ => L2Entry { word: self.word(id, index * 2), bitmap: self.word(id, index * 2 + 1) },
+        }
+    }
+
+    /// The same for an image with another geometry.
+    pub(crate) fn entry_as(&self, id: SlotId, index: usize, geometry: Geometry) -> L2Entry {
+        if geometry.entry_bits() == 3 {
+            return L2Entry { word: self.word(id, index), bitmap: 0 };
+        }
+        L2Entry { word: self.word(id, index * 2), bitmap: self.word(id, index * 2 + 1) }
+    }
+
+    /// Entry `index` of a page of refcounts (specification: "Refcounts"): from 8 bits on they are
+    /// big-endian numbers; of the smaller ones, the first in a byte has the lowest bits.
+    pub(crate) fn refcount(&self, id: SlotId, index: usize) -> u64 {
+        refcount_in(self.bytes(id), self.refcount_order, index)
     }
 
     /// May this page be changed now? One slot always stays clean.
@@ -240,8 +263,17 @@ impl Cache {
         self.mark_dirty(id);
     }
 
-    pub(crate) fn set_refcount(&mut self, id: SlotId, index: usize, refcount: u16) {
-        BigEndian::write_u16(&mut self.bytes_mut(id)[index * 2..], refcount);
+    pub(crate) fn set_entry(&mut self, id: SlotId, index: usize, entry: L2Entry) {
+        if self.entry_bits == 3 {
+            return self.set_word(id, index, entry.word);
+        }
+        self.set_word(id, index * 2, entry.word);
+        self.set_word(id, index * 2 + 1, entry.bitmap);
+    }
+
+    pub(crate) fn set_refcount(&mut self, id: SlotId, index: usize, refcount: u64) {
+        let order = self.refcount_order;
+        set_refcount_in(self.bytes_mut(id), order, index, refcount);
         self.mark_dirty(id);
     }
 
@@ -301,6 +333,28 @@ impl Cache {
         slot.dirty |= !ok;
         self.unclean -= usize::from(!slot.dirty);
     }
+}
+
+/// Refcount number `index` of those in `bytes`, of 2^`order` bits each.
+pub(crate) fn refcount_in(bytes: &[u8], order: u32, index: usize) -> u64 {
+    if order >= 3 {
+        let width = 1 << (order - 3);
+        return BigEndian::read_uint(&bytes[index * width..], width);
+    }
+    let (byte, shift) = (index >> (3 - order), (index << order) & 7);
+    u64::from(bytes[byte]) >> shift & ((1 << (1 << order)) - 1)
+}
+
+pub(crate) fn set_refcount_in(bytes: &mut [u8], order: u32, index: usize, refcount: u64) {
+    debug_assert!(order == 6 || refcount >> (1 << order) == 0, "it fits");
+    if order >= 3 {
+        let width = 1 << (order - 3);
+        return BigEndian::write_uint(&mut bytes[index * width..], refcount, width);
+    }
+    let (byte, shift) = (index >> (3 - order), (index << order) & 7);
+    let mask = ((1_u8 << (1 << order)) - 1) << shift;
+    let bits = u8::try_from(refcount).expect("at most 4 bits") << shift;
+    bytes[byte] = (bytes[byte] & !mask) | bits;
 }
 
 #[cfg(test)]
@@ -365,6 +419,27 @@ mod tests {
         cache.begin_write(a);
         cache.end_write(a, true);
         assert!(!cache.is_unclean());
+    }
+
+    #[test]
+    fn refcounts_of_every_width_are_kept_apart() {
+        for order in 0..=6 {
+            let count = 512 * 8 >> order;
+            let most = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+            let value = |index: usize| (index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) & most;
+            let mut bytes = [0xaa; 512];
+            for index in 0..count {
+                set_refcount_in(&mut bytes, order, index, value(index));
+            }
+            for index in 0..count {
+                assert_eq!(refcount_in(&bytes, order, index), value(index), "{order} {index}");
+            }
+        }
+        // As the specification says: entry 0 is in the lowest bits of byte 0.
+        let mut bytes = [0; 2];
+        set_refcount_in(&mut bytes, 0, 1, 1);
+        set_refcount_in(&mut bytes, 2, 2, 5);
+        assert_eq!(bytes, [0b10, 5]);
     }
 
     #[test]

@@ -19,14 +19,16 @@ use crate::cache::Cache;
 use crate::copy::Copies;
 use crate::entry::Decoder;
 use crate::epoch::Epochs;
-use crate::error::{Failure, FailureKind, IoErrorKind, OpenError};
+use crate::error::{Failure, IoErrorKind, OpenError};
 use crate::flush::Round;
 use crate::geometry::Geometry;
 use crate::header::Header;
 use crate::image::Image;
+use crate::layer::Layer;
+use crate::life::{Life, MAX_INCIDENTS};
 use crate::mark;
 use crate::metaset::MetaSet;
-use crate::op::{Op, OpId, OpKind, Outcome, Reply, Request};
+use crate::op::{FileId, Op, OpId, OpKind, Outcome, Reply, Request};
 use crate::optable::{OpTable, Owner};
 use crate::options::Options;
 use crate::overlay::Overlay;
@@ -38,20 +40,6 @@ use crate::table::Table;
 use crate::write::NewTable;
 use crate::zero::Zeroing;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Life {
-    /// Before the first fdatasync has returned.
-    Opening,
-    Serving,
-    Closing {
-        truncated: bool,
-    },
-    Closed,
-}
-
-/// Incidents that are kept for the server's log; more are counted only.
-const MAX_INCIDENTS: usize = 16;
-
 /// One image being served. See the [crate] for the picture.
 #[derive(Clone, Debug)]
 pub struct Engine {
@@ -62,7 +50,7 @@ pub struct Engine {
     pub(crate) file_len: u64,
     pub(crate) life: Life,
     pub(crate) failed: Option<Failure>,
-    incidents: VecDeque<Failure>,
+    pub(crate) incidents: VecDeque<Failure>,
 
     pub(crate) requests: Vec<RequestState>,
     pub(crate) active: usize,
@@ -87,8 +75,12 @@ pub struct Engine {
     pub(crate) overlay: Overlay,
     pub(crate) quarantine: Quarantine,
     pub(crate) copies: Copies,
-    /// Bytes of the file beneath, if there is one.
-    pub(crate) backing_len: Option<u64>,
+    /// Bytes of the external data file, if there is one.
+    pub(crate) data_len: Option<u64>,
+    /// What lies beneath, from the top.
+    pub(crate) layers: Vec<Layer>,
+    /// Fdatasyncs in flight: one for each file.
+    pub(crate) syncs: u8,
     pub(crate) round: Round,
     pub(crate) epochs: Epochs,
     /// Of all clusters allocated since open, so many have durable mappings.
@@ -108,12 +100,13 @@ impl Engine {
     pub fn new(image: Image, options: &Options) -> Result<Self, OpenError> {
         let geometry = image.decoder.geometry;
         options.validate(geometry.cluster_size())?;
+        image.check_files()?;
         let count = usize::from(options.queues) * usize::from(options.depth);
         let (l2_pages, refcount_pages, staging) = sizes(&image, options);
         let (overlay, copy_buffers) = if options.stress { (4, 1) } else { (4096, 16) };
         // At least as many as one request may want to take at a time, and a table.
         let reservation = (options.reservation >> geometry.cluster_bits()).max(4);
-        let metadata_end = geometry.clusters_for(image.file_len);
+        let metadata_end = first_fresh(&image, options);
         let per_queue = count / usize::from(options.queues);
         let ops = OpTable::new(count, staging, copy_buffers, geometry);
         let out = vec![VecDeque::with_capacity(ops.capacity()); options.queues.into()];
@@ -146,7 +139,9 @@ impl Engine {
             overlay: Overlay::new(overlay),
             quarantine: Quarantine::new(),
             copies: Copies::new(copy_buffers, count),
-            backing_len: image.backing_len,
+            data_len: image.data_len,
+            layers: image.layers,
+            syncs: 0,
             round: Round::default(),
             // A process may have died a moment ago: what was read is not durable.
             epochs: Epochs::new(!options.read_only),
@@ -158,7 +153,13 @@ impl Engine {
         engine.round.reserve(overlay);
         if planted::is(Bug::OpenWithoutSync) {
             (engine.life, engine.epochs) = (Life::Serving, Epochs::new(false));
-        } else if !options.read_only {
+        } else if options.read_only {
+        } else if engine.header.rewrite {
+            let len = engine.options.alignment as usize;
+            let id = engine.emit_meta_write(Owner::FirstHeader, 0, len);
+            let bytes = engine.header.first_bytes(len);
+            engine.ops.staging_mut(id)[..len].copy_from_slice(bytes);
+        } else {
             engine.emit_sync(Owner::FirstSync);
         }
         Ok(engine)
@@ -215,6 +216,9 @@ impl Engine {
                 | OpKind::Extend { .. }
                 | OpKind::Truncate { .. }
         );
+        if let (FileId::Data, OpKind::Write { offset, len, .. }) = (state.file, state.kind) {
+            self.data_len = self.data_len.map(|before| before.max(offset + u64::from(len)));
+        }
         // Also when it failed: some of it may have got there. (A punch need not become durable:
         // whoever takes the cluster next zeroes it.)
         if writes {
@@ -394,6 +398,7 @@ impl Engine {
             while let Some(id) = self.ready.pop_front() {
                 self.step(id);
             }
+            self.advance_copies();
             self.advance_quarantine();
             self.refill();
             let ended = self.advance_round();
@@ -515,66 +520,19 @@ impl Engine {
         }
         self.wake(matches);
     }
+}
 
-    // ---- failure ----
-
-    /// Tells the operator.
-    pub(crate) fn incident(&mut self, kind: FailureKind, offset: u64) {
-        if self.incidents.len() < MAX_INCIDENTS {
-            self.incidents.push_back(Failure { kind, offset });
-        }
+/// The first cluster behind all that may be in use: the end of the file; of a block device, the end
+/// of what refcount blocks count.
+fn first_fresh(image: &Image, options: &Options) -> u64 {
+    let geometry = image.decoder.geometry;
+    let end = geometry.clusters_for(image.file_len);
+    if !options.fixed_size {
+        return end;
     }
-
-    /// Fail-stop: no more writes to this image, ever. Reads go on.
-    pub(crate) fn fail(&mut self, kind: FailureKind, offset: u64) {
-        if self.failed.is_some() {
-            return;
-        }
-        self.failed = Some(Failure { kind, offset });
-        self.incident(kind, offset);
-        self.round.stop();
-        for id in 0..self.requests.len() {
-            let state = &self.requests[id];
-            if state.request.is_some() && !state.is_read() {
-                self.ready.push_back(id);
-            }
-        }
-        self.wake(|_| true);
-    }
-
-    // ---- the end ----
-
-    fn advance_close(&mut self) {
-        let Life::Closing { truncated } = self.life else { return };
-        if self.active != 0 || self.ops.in_flight() != 0 {
-            return;
-        }
-        if self.failed.is_some() || self.options.read_only {
-            self.life = Life::Closed;
-            return;
-        }
-        self.drop_new_tables();
-        self.return_reserve();
-        self.advance_quarantine();
-        let busy = self.ops.in_flight() != 0;
-        if !busy && (self.epochs.is_volatile() || self.is_dirty() || !self.quarantine.is_empty()) {
-            self.round.wanted = true;
-            self.advance_round();
-        } else if !busy && !truncated {
-            self.life = Life::Closing { truncated: true };
-            let mut to = self.allocator.unused_end(self.geometry());
-            if planted::is(Bug::TruncateTooShort) {
-                to -= self.geometry().cluster_size();
-            }
-            if to < self.file_len {
-                self.file_len = to;
-                self.emit(Owner::Truncate, OpKind::Truncate { to });
-            }
-            self.advance_close();
-        } else if !busy {
-            self.life = Life::Closed;
-        }
-    }
+    let last = image.refcounts.words().iter().rposition(|&word| word != 0);
+    let blocks = last.map_or(0, |index| index as u64 + 1);
+    (blocks << geometry.refblock_bits()).min(end)
 }
 
 /// Pages of the two caches, and staging buffers.

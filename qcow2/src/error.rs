@@ -164,12 +164,12 @@ pub enum FailureKind {
     Overlap,
     /// A page of a table could not be read.
     MetadataRead,
+    /// The same in the file so many steps beneath the image's own backing file.
+    MetadataReadBeneath(u8),
     /// A table entry contradicts the specification.
     BadEntry,
-    /// A compressed cluster, which is not served.
-    Compressed,
-    /// A write to a cluster that is shared, or whose COPIED flag is wrong.
-    NotCopied,
+    /// The same in the file so many steps beneath the image's own backing file.
+    BadEntryBeneath(u8),
 }
 
 impl Failure {
@@ -193,13 +193,17 @@ impl fmt::Display for Failure {
             FailureKind::BadEntry => {
                 write!(f, "a bad table entry was found in the page at byte {offset}")?;
             }
-            FailureKind::Compressed => {
-                write!(f, "a compressed cluster (entry in the page at byte {offset}), not served")?;
+            FailureKind::MetadataReadBeneath(layer) => {
+                let layer = layer + 1;
+                write!(f, "a table at byte {offset} of backing file {layer} cannot be read")?;
             }
-            FailureKind::NotCopied => write!(
-                f,
-                "a write to a shared cluster at byte {offset}, or one whose COPIED flag is wrong"
-            )?,
+            FailureKind::BadEntryBeneath(layer) => {
+                let layer = layer + 1;
+                write!(
+                    f,
+                    "a bad entry was found in the page at byte {offset} of backing file {layer}"
+                )?;
+            }
         }
         if self.is_final() {
             write!(f, "; writes have stopped, reads go on")?;

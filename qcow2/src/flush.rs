@@ -60,7 +60,7 @@
 
 use crate::cache::{Cache, Lookup, SlotId};
 use crate::engine::Engine;
-use crate::entry::copied_word;
+use crate::entry::Reference;
 use crate::error::{FailureKind, IoErrorKind};
 use crate::grow::Grown;
 use crate::mark;
@@ -315,7 +315,7 @@ impl Engine {
 
     /// Collects the overlay's entries whose data is durable now.
     fn begin_fold(&mut self) {
-        let durable = |entry: &Entry| self.epochs.is_durable(entry.since);
+        let durable = |entry: &Entry| entry.units_of(|epoch| self.epochs.is_durable(epoch)) != 0;
         self.round.fold.clear();
         self.round.fold.extend(self.overlay.iter().filter(durable));
         // In the order of the disk: neighbours share a page.
@@ -325,18 +325,17 @@ impl Engine {
     /// Folds what can be folded; pages have to come and to become clean meanwhile.
     fn fold(&mut self) -> bool {
         while let Some(&entry) = self.round.fold.last() {
-            // It may be gone: unmapped since the round collected it.
-            if self.overlay.get(entry.guest) != Some(entry) {
+            // It may be gone: unmapped since the round collected it, perhaps mapped again.
+            let now = self.overlay.get(entry.guest).filter(|now| now.host == entry.host);
+            let durable = |entry: Entry| entry.units_of(|epoch| self.epochs.is_durable(epoch));
+            let units = now.map_or(0, durable);
+            if units == 0 {
                 self.round.fold.pop();
                 continue;
             }
             let Some((slot, index)) = self.page_to_fold(entry) else { return false };
             mark!("round.folded");
-            let word = copied_word(self.geometry().host_start(entry.host));
-            if !planted::is(Bug::OverlayEntryLost) {
-                self.l2_cache.set_word(slot, index, word);
-            }
-            self.overlay.remove(entry.guest);
+            self.fold_entry(entry, units, slot, index);
             self.round.fold.pop();
             self.round.folded = true;
         }
@@ -349,6 +348,22 @@ impl Engine {
         }
         self.round.enter(Phase::Folded);
         true
+    }
+
+    /// Puts the mapping of some units into the page, which is fit to be written afterwards: all of
+    /// an entry changes in one piece, as it lies within a sector.
+    fn fold_entry(&mut self, entry: Entry, units: u32, slot: SlotId, index: usize) {
+        let before = self.l2_cache.entry(slot, index);
+        let after = self.decoder.with_data(before, entry.host, units);
+        if !planted::is(Bug::OverlayEntryLost) {
+            self.l2_cache.set_entry(slot, index, after);
+            let old = self.decoder.reference(before, entry.guest);
+            let same = matches!(old, Reference::Cluster(pointer) if pointer.at == entry.host);
+            if !same {
+                self.quarantine_reference(old);
+            }
+        }
+        self.overlay.remove_units(entry.guest, units);
     }
 
     /// The page of an entry, if it is there and may be changed. Otherwise that is seen to: every
@@ -404,23 +419,22 @@ impl Engine {
 
     // ---- completions ----
 
+    /// The fdatasync of a phase has returned, of every file.
+    pub(crate) fn round_synced(&mut self) {
+        self.epochs.succeeded();
+        self.after_sync();
+    }
+
     /// An operation of a round has ended.
     pub(crate) fn finish_round_op(&mut self, op: &OpState, result: Result<(), IoErrorKind>) {
         if let Owner::Page(which, slot) = op.owner {
             self.cache(which).end_write(slot, result.is_ok());
             self.wake(|wait| wait == Wait::Slot(which));
         }
-        let ignored = planted::is(Bug::LatchIgnored) && op.owner != Owner::Sync;
-        let retried = planted::is(Bug::SyncRetried) && op.owner == Owner::Sync;
-        let result = if ignored || retried { Ok(()) } else { result };
+        let result = if planted::is(Bug::LatchIgnored) { Ok(()) } else { result };
         match op.owner {
-            Owner::Sync if result.is_err() => self.fail(FailureKind::Sync, 0),
             // After a failure there is no round that this could belong to.
             _ if self.failed.is_some() => {}
-            Owner::Sync => {
-                self.epochs.succeeded();
-                self.after_sync();
-            }
             Owner::ExtendGrown => self.finish_grow_extend(op.kind, result),
             _ if result.is_err() => {
                 let OpKind::MetaWrite { offset, .. } = op.kind else {

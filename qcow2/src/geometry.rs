@@ -8,18 +8,52 @@ use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 pub struct Geometry {
     cluster_bits: u32,
     refcount_order: u32,
+    /// Extended L2 entries: 16 bytes, 32 subclusters.
+    extended: bool,
 }
 
 impl Geometry {
     /// The largest cached piece of a table, in bytes: one host page.
     pub const MAX_PAGE: usize = 4096;
-    /// An L1, L2 or refcount table entry takes 8 bytes.
+    /// An L1, refcount table or standard L2 entry takes 8 bytes.
     pub const ENTRY_BYTES: u64 = 8;
 
     pub(crate) fn new(cluster_bits: u32, refcount_order: u32) -> Self {
         assert!((9..=21).contains(&cluster_bits), "the header parser checks the cluster size");
         assert!(refcount_order <= 6, "the header parser checks the refcount width");
-        Self { cluster_bits, refcount_order }
+        Self { cluster_bits, refcount_order, extended: false }
+    }
+
+    /// The same with extended L2 entries, which need clusters of at least 16 KiB.
+    pub(crate) fn with_extended_l2(self) -> Self {
+        assert!(self.cluster_bits >= 14, "the header parser checks the cluster size");
+        Self { extended: true, ..self }
+    }
+
+    /// Does each L2 entry describe 32 subclusters (specification: "Extended L2 Entries")?
+    #[must_use]
+    pub fn has_extended_l2(self) -> bool {
+        self.extended
+    }
+
+    /// log2 of the bytes that have a mapping of their own: a subcluster, or a cluster.
+    pub(crate) fn unit_bits(self) -> u32 {
+        self.cluster_bits - self.units_bits()
+    }
+
+    /// log2 of the units per cluster: 5 or 0.
+    pub(crate) fn units_bits(self) -> u32 {
+        if self.extended { 5 } else { 0 }
+    }
+
+    /// The bits of all units of a cluster.
+    pub(crate) fn all_units(self) -> u32 {
+        if self.extended { u32::MAX } else { 1 }
+    }
+
+    /// log2 of the bytes of an L2 entry.
+    pub(crate) fn entry_bits(self) -> u32 {
+        if self.extended { 4 } else { 3 }
     }
 
     /// log2 of the cluster size.
@@ -51,7 +85,7 @@ impl Geometry {
     }
 
     pub(crate) fn l2_bits(self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - self.entry_bits()
     }
 
     /// Clusters whose refcounts one refcount block holds.
@@ -68,6 +102,11 @@ impl Geometry {
     /// Clusters whose refcounts one cached piece of a refcount block holds.
     pub(crate) fn refcount_page_bits(self) -> u32 {
         self.page_bits() + 3 - self.refcount_order
+    }
+
+    /// Bytes before the byte with refcount number `index` of a block.
+    pub(crate) fn refcount_bytes(self, index: u64) -> u64 {
+        (index << self.refcount_order) >> 3
     }
 
     /// Bits of one refcount: 1 to 64.

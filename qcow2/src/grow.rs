@@ -13,6 +13,7 @@
 //! this happens at the end of a round, with mappings and tables standing still, so that the copy is
 //! of a table that is durable itself.
 
+use crate::cache::set_refcount_in;
 use crate::engine::Engine;
 use crate::error::IoErrorKind;
 use crate::flush::Phase;
@@ -70,7 +71,7 @@ impl Engine {
         }
         let geometry = self.geometry();
         let old = self.refcount_table.extent();
-        let first = self.allocator.next_fresh();
+        let first = self.allocator.next_fresh;
         let (blocks, table_clusters) = plan(geometry, first, geometry.clusters_for(old.len));
         let len = table_clusters << geometry.cluster_bits();
         if len > MAX_REFCOUNT_TABLE_BYTES {
@@ -116,7 +117,7 @@ impl Engine {
         }
     }
 
-    /// Writes blocks and table, page by page; pages of zeros are on disk already, as all is fresh.
+    /// Writes blocks and table, page by page; pages of zeros are in a file already, as all is fresh.
     pub(crate) fn grow_write(&mut self) -> bool {
         let geometry = self.geometry();
         let per_cluster = 1 << (geometry.cluster_bits() - geometry.page_bits());
@@ -131,7 +132,7 @@ impl Engine {
             let mut bytes = [0; Geometry::MAX_PAGE];
             let bytes = &mut bytes[..geometry.page_size()];
             let offset = grown.page(page, geometry, bytes);
-            if bytes.iter().any(|&byte| byte != 0) {
+            if self.options.fixed_size || bytes.iter().any(|&byte| byte != 0) {
                 let id = self.emit_meta_write(Owner::Grown, offset, bytes.len());
                 self.ops.staging_mut(id).copy_from_slice(bytes);
                 self.round.writes += 1;
@@ -194,8 +195,13 @@ impl Grown {
         let start = ((first_block + block) << geometry.refblock_bits())
             + (within << geometry.refcount_page_bits());
         let used = self.first..self.first + self.blocks + self.table_clusters;
-        for (cluster, refcount) in (start..).zip(out.chunks_exact_mut(2)) {
-            refcount.copy_from_slice(&u16::from(used.contains(&cluster)).to_be_bytes());
+        let order = geometry.refcount_width().trailing_zeros();
+        out.fill(0);
+        for step in 0..1 << geometry.refcount_page_bits() {
+            if used.contains(&(start + step)) {
+                let index = usize::try_from(step).expect("within a page");
+                set_refcount_in(out, order, index, 1);
+            }
         }
         offset
     }

@@ -1,14 +1,21 @@
 //! The image header: parsing, bounds, and the features that are refused by name.
 //!
 //! Parse, don't validate: a [`Header`] that exists belongs to an image that may be served. What is
-//! not served (yet) ends here with an error that names the feature and the header field.
+//! not served ends here with an error that names the feature and the header field.
+
+mod extensions;
+mod features;
 
 use alloc::vec::Vec;
 
 use byteorder::{BigEndian, ByteOrder};
 
-use crate::error::{FeatureName, OpenError, OpenErrorInner};
+use crate::error::{OpenError, OpenErrorInner};
 use crate::geometry::Geometry;
+use crate::op::Compression;
+
+use extensions::{BackingName, extensions};
+use features::Features;
 
 /// "QFI\xfb".
 const MAGIC: u32 = 0x5146_49fb;
@@ -50,54 +57,69 @@ pub struct Backing {
     pub format: Option<Vec<u8>>,
 }
 
+/// The external data file of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFile {
+    /// Its name (header extension "external data file name"), if there is one. It means as little
+    /// as that of a backing file.
+    pub name: Option<Vec<u8>>,
+    /// The data file must read like the virtual disk, for those who open it alone.
+    pub raw: bool,
+}
+
+/// A table in the file of which only place and number of entries are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Directory {
+    /// First byte.
+    pub offset: u64,
+    /// Entries, of different lengths.
+    pub entries: u32,
+}
+
+/// The header extension "bitmaps extension".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bitmaps {
+    /// How many bitmaps there are.
+    pub count: u32,
+    /// Where their directory lies.
+    pub directory: Extent,
+}
+
+impl Bitmaps {
+    fn parse(data: &[u8]) -> Result<Self, OpenError> {
+        if data.len() < 24 {
+            return Err(bounds("bitmaps extension length", data.len() as u64, "24 bytes"));
+        }
+        let count = BigEndian::read_u32(data);
+        let len = BigEndian::read_u64(&data[8..]);
+        // Each entry has at least 24 bytes, and QEMU takes 65535 bitmaps in at most 64 MiB.
+        if count == 0 || count > 0xffff || len < u64::from(count) * 24 || len > 64 << 20 {
+            return Err(bounds("bitmap_directory_size", len, "24 bytes per bitmap to 64 MiB"));
+        }
+        Ok(Self { count, directory: Extent { offset: BigEndian::read_u64(&data[16..]), len } })
+    }
+}
+
 /// The header of an image that may be served.
 #[derive(Clone, Debug)]
 pub struct Header {
     version: u32,
     geometry: Geometry,
+    features: Features,
     virtual_size: u64,
     l1: Extent,
     refcount_table: Extent,
     backing: Option<Backing>,
+    data_file: Option<DataFile>,
+    bitmaps: Option<Bitmaps>,
+    snapshots: Option<Directory>,
     /// The first page of the file, to rewrite single fields of it.
     page: Vec<u8>,
+    /// `page` is to be written before anything else is.
+    pub(crate) rewrite: bool,
 }
 
-/// A name for a feature bit, the field, and what the user can do.
-struct Refusal {
-    bit: u32,
-    name: &'static str,
-    next: &'static str,
-}
-
-/// Incompatible features that are known, and why they are refused.
-const INCOMPATIBLE: [Refusal; 5] = [
-    Refusal {
-        bit: 0,
-        name: "an image marked dirty",
-        next: "repair its refcounts with 'qemu-img check -r all' first",
-    },
-    Refusal {
-        bit: 1,
-        name: "an image marked corrupt",
-        next: "look at it with 'qemu-img check' and repair or restore it first",
-    },
-    Refusal {
-        bit: 2,
-        name: "an external data file",
-        next: "merge it with 'qemu-img convert -O qcow2'",
-    },
-    Refusal {
-        bit: 3,
-        name: "a compression type other than zlib",
-        next: "rewrite it with 'qemu-img convert -O qcow2'",
-    },
-    Refusal {
-        bit: 4,
-        name: "extended L2 entries (subclusters)",
-        next: "rewrite it with 'qemu-img convert -O qcow2 -o extended_l2=off'",
-    },
-];
+const DECRYPT: &str = "decrypt it with 'qemu-img convert' first";
 
 impl Header {
     /// How many bytes from the start of the file [`Header::parse`] wants, judged by `first`, the
@@ -143,26 +165,75 @@ impl Header {
     /// Not a qcow2 image; a field outside its bounds; a table outside the file; a feature that is
     /// not served. (Specification: "Header", "Header extensions".)
     pub fn parse(bytes: &[u8], file_len: u64, read_only: bool) -> Result<Self, OpenError> {
-        let _ = read_only; // Nothing is served read-only that is not served otherwise, so far.
         let (version, cluster_bits) = Self::version_and_cluster_bits(bytes)?;
         let header_length = Self::header_length(bytes, version, cluster_bits)?;
         let backing = BackingName::parse(bytes, header_length, cluster_bits)?;
         let end = backing.as_ref().map_or(1 << cluster_bits, |name| name.start);
         let extensions = extensions(bytes, header_length, end)?;
-        refuse_features(bytes, version, &extensions.names)?;
+        let features = Features::parse(bytes, version, &extensions.names, read_only)?;
         let backing = backing.map(|found| Backing {
             name: found.name.to_vec(),
             format: extensions.backing_format.map(<[u8]>::to_vec),
         });
-        let geometry = Geometry::new(cluster_bits, 4);
+        let data_file = features.data_file.then(|| DataFile {
+            name: extensions.data_file.map(<[u8]>::to_vec),
+            raw: features.data_file_raw,
+        });
+        let geometry = Self::geometry_of(cluster_bits, &features)?;
         let virtual_size = BigEndian::read_u64(&bytes[24..]) & !511;
         if virtual_size == 0 || virtual_size > i64::MAX as u64 {
             return Err(bounds("size", BigEndian::read_u64(&bytes[24..]), "512 to 2^63-1 bytes"));
         }
-        let page = bytes[..geometry.page_size().min(bytes.len())].to_vec();
-        let l1 = Self::l1(bytes, geometry, virtual_size, file_len)?;
-        let refcount_table = Self::refcount_table(bytes, geometry, file_len)?;
-        Ok(Self { version, geometry, virtual_size, l1, refcount_table, backing, page })
+        let mut page = bytes[..geometry.page_size().min(bytes.len())].to_vec();
+        let rewrite = features.unknown_autoclear != 0 && !read_only;
+        if rewrite {
+            let left = BigEndian::read_u64(&page[88..]) & !features.unknown_autoclear;
+            BigEndian::write_u64(&mut page[88..], left);
+        }
+        Ok(Self {
+            version,
+            geometry,
+            features,
+            virtual_size,
+            l1: Self::l1(bytes, geometry, virtual_size, file_len)?,
+            refcount_table: Self::refcount_table(bytes, geometry, file_len)?,
+            backing,
+            data_file,
+            bitmaps: extensions.bitmaps.filter(|_| features.bitmaps),
+            snapshots: Self::snapshot_table(bytes, geometry, file_len)?,
+            page,
+            rewrite,
+        })
+    }
+
+    fn geometry_of(cluster_bits: u32, features: &Features) -> Result<Geometry, OpenError> {
+        let geometry = Geometry::new(cluster_bits, features.refcount_order);
+        if !features.extended_l2 {
+            return Ok(geometry);
+        }
+        if cluster_bits < 14 {
+            return Err(bounds("cluster_bits", cluster_bits, "14 to 21 with extended L2 entries"));
+        }
+        Ok(geometry.with_extended_l2())
+    }
+
+    /// Where the snapshots are described, if there are any.
+    fn snapshot_table(
+        bytes: &[u8],
+        geometry: Geometry,
+        file_len: u64,
+    ) -> Result<Option<Directory>, OpenError> {
+        let entries = BigEndian::read_u32(&bytes[60..]);
+        let offset = BigEndian::read_u64(&bytes[64..]);
+        if entries == 0 {
+            return Ok(None);
+        }
+        if entries > 0xffff {
+            return Err(bounds("nb_snapshots", entries, "at most 65535"));
+        }
+        let field = "header field snapshots_offset";
+        table("snapshot table", field, offset, u64::from(entries) * 40, geometry, file_len)?;
+        Ok(Some(Directory { offset, entries }))
     }
 
     fn header_length(bytes: &[u8], version: u32, cluster_bits: u32) -> Result<usize, OpenError> {
@@ -232,6 +303,43 @@ impl Header {
         self.backing.as_ref()
     }
 
+    /// The external data file, if guest data lies in one.
+    #[must_use]
+    pub fn data_file(&self) -> Option<&DataFile> {
+        self.data_file.as_ref()
+    }
+
+    /// How compressed clusters are compressed.
+    #[must_use]
+    pub fn compression(&self) -> Compression {
+        self.features.compression
+    }
+
+    /// Bitmaps that are up to date. Whoever is going to write marks them as in use first.
+    #[must_use]
+    pub fn bitmaps(&self) -> Option<Bitmaps> {
+        self.bitmaps
+    }
+
+    /// The table of internal snapshots, if there are any.
+    #[must_use]
+    pub fn snapshots(&self) -> Option<Directory> {
+        self.snapshots
+    }
+
+    /// Refcounts may be wrong (incompatible feature "dirty"): they are to be rebuilt before
+    /// anything is written.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.features.dirty
+    }
+
+    /// Somebody has found the image to contradict itself (incompatible feature "corrupt").
+    #[must_use]
+    pub fn is_corrupt(&self) -> bool {
+        self.features.corrupt
+    }
+
     /// Where the active L1 table lies.
     #[must_use]
     pub fn l1_extent(&self) -> Extent {
@@ -242,6 +350,16 @@ impl Header {
     #[must_use]
     pub fn refcount_table_extent(&self) -> Extent {
         self.refcount_table
+    }
+
+    /// The first `len` bytes of the file, with unknown autoclear bits cleared.
+    pub(crate) fn first_bytes(&self, len: usize) -> &[u8] {
+        &self.page[..len]
+    }
+
+    /// The same header for one of the image's snapshots.
+    pub(crate) fn at_snapshot(self, l1: Extent, virtual_size: u64) -> Self {
+        Self { l1, virtual_size, ..self }
     }
 
     /// The first `len` bytes of the file with the refcount table at another place. Only bytes 48
@@ -278,165 +396,6 @@ fn table(
         return Err(OpenErrorInner::Outside { what, offset, end, file_len }.into());
     }
     Ok(extent)
-}
-
-/// The entries of the feature name table of an image: 48 bytes each.
-struct FeatureNames<'a>(&'a [u8]);
-
-impl FeatureNames<'_> {
-    /// The image's own name for bit `bit` of bitmap `kind` (0 incompatible, 2 autoclear).
-    fn find(&self, kind: u8, bit: u32) -> FeatureName {
-        let mut name = [0; 46];
-        let entry = self.0.chunks_exact(48).find(|e| e[0] == kind && u32::from(e[1]) == bit);
-        if let Some(entry) = entry {
-            name.copy_from_slice(&entry[2..]);
-        }
-        FeatureName(name)
-    }
-}
-
-/// The name of the file beneath, within the first cluster.
-struct BackingName<'a> {
-    start: usize,
-    name: &'a [u8],
-}
-
-impl<'a> BackingName<'a> {
-    fn parse(bytes: &'a [u8], header: usize, bits: u32) -> Result<Option<Self>, OpenError> {
-        let offset = BigEndian::read_u64(&bytes[8..]);
-        if offset == 0 {
-            return Ok(None);
-        }
-        let len = BigEndian::read_u32(&bytes[16..]);
-        if len == 0 || len > 1023 {
-            return Err(bounds("backing_file_size", len, "1 to 1023 bytes"));
-        }
-        let area = &bytes[..bytes.len().min(1 << bits)];
-        let start = usize::try_from(offset).ok().filter(|&start| start >= header);
-        let name = start.and_then(|start| area.get(start..)?.get(..len as usize));
-        let (Some(start), Some(name)) = (start, name) else {
-            let expected = "a place in the first cluster, behind the header";
-            return Err(bounds("backing_file_offset", offset, expected));
-        };
-        Ok(Some(Self { start, name }))
-    }
-}
-
-/// What is of interest in the header extensions.
-struct Extensions<'a> {
-    names: FeatureNames<'a>,
-    backing_format: Option<&'a [u8]>,
-}
-
-/// Walks the header extensions (specification: "Header extensions"), which end before `end`.
-fn extensions(bytes: &[u8], start: usize, end: usize) -> Result<Extensions<'_>, OpenError> {
-    const END: u32 = 0;
-    const FEATURE_NAMES: u32 = 0x6803_f857;
-    const BITMAPS: u32 = 0x2385_2875;
-    const ENCRYPTION: u32 = 0x0537_be77;
-    const BACKING_FORMAT: u32 = 0xe279_2aca;
-    let mut found = Extensions { names: FeatureNames(&[]), backing_format: None };
-    // The area ends with an END extension, at the backing file name, or with the cluster.
-    let area = &bytes[..bytes.len().min(end)];
-    let mut at = start;
-    while let Some(head) = area.get(at..at + 8) {
-        let kind = BigEndian::read_u32(head);
-        let len = BigEndian::read_u32(&head[4..]) as usize;
-        if kind == END {
-            break;
-        }
-        let Some(data) = area.get(at + 8..).and_then(|rest| rest.get(..len)) else {
-            let expected = "a length that ends within the first cluster";
-            return Err(bounds("extension length", len as u64, expected));
-        };
-        let refuse = |name, next| {
-            let field = "header extension type";
-            Err(OpenErrorInner::Feature { name, field, value: kind.into(), next }.into())
-        };
-        match kind {
-            FEATURE_NAMES => found.names = FeatureNames(data),
-            BACKING_FORMAT => found.backing_format = Some(data),
-            BITMAPS => {
-                let next = "remove them with 'qemu-img bitmap --remove'";
-                return refuse("an image with persistent bitmaps", next);
-            }
-            ENCRYPTION => return refuse("encryption (LUKS)", DECRYPT),
-            _ => {}
-        }
-        at += 8 + len.next_multiple_of(8);
-    }
-    Ok(found)
-}
-
-const DECRYPT: &str = "decrypt it with 'qemu-img convert' first";
-
-fn refuse_features(bytes: &[u8], version: u32, names: &FeatureNames) -> Result<(), OpenError> {
-    let refuse = |name, field, value: u64, next| {
-        Err(OpenErrorInner::Feature { name, field, value, next }.into())
-    };
-    if version >= 3 {
-        refuse_bits(bytes, names)?;
-    }
-    let crypt = BigEndian::read_u32(&bytes[32..]);
-    match crypt {
-        0 => {}
-        1 => return refuse("encryption (AES)", "crypt_method", 1, DECRYPT),
-        2 => return refuse("encryption (LUKS)", "crypt_method", 2, DECRYPT),
-        _ => return Err(bounds("crypt_method", crypt, "0, 1 or 2")),
-    }
-    let snapshots = BigEndian::read_u32(&bytes[60..]);
-    if snapshots != 0 {
-        let next = "delete them with 'qemu-img snapshot -d'";
-        return refuse("an image with internal snapshots", "nb_snapshots", snapshots.into(), next);
-    }
-    if version < 3 {
-        return Ok(());
-    }
-    let order = BigEndian::read_u32(&bytes[96..]);
-    if order > 6 {
-        return Err(bounds("refcount_order", order, "at most 6"));
-    }
-    if order != 4 {
-        let next = "rewrite it with 'qemu-img convert -O qcow2 -o refcount_bits=16'";
-        return refuse("a refcount width other than 16 bits", "refcount_order", order.into(), next);
-    }
-    let compression = bytes.get(V3_LENGTH).copied().unwrap_or(0);
-    if BigEndian::read_u32(&bytes[100..]) as usize > V3_LENGTH && compression != 0 {
-        return Err(bounds("compression_type", compression, "0 without its incompatible bit"));
-    }
-    Ok(())
-}
-
-/// Bits of incompatible_features and autoclear_features, in that order.
-fn refuse_bits(bytes: &[u8], names: &FeatureNames) -> Result<(), OpenError> {
-    let incompatible = BigEndian::read_u64(&bytes[72..]);
-    for known in &INCOMPATIBLE {
-        if incompatible & (1 << known.bit) != 0 {
-            let Refusal { name, next, .. } = *known;
-            let (field, value) = ("incompatible_features", incompatible);
-            return Err(OpenErrorInner::Feature { name, field, value, next }.into());
-        }
-    }
-    if incompatible != 0 {
-        let (field, bit) = ("incompatible_features", incompatible.trailing_zeros());
-        let name = names.find(0, bit);
-        return Err(OpenErrorInner::UnknownFeature { field, bit, name }.into());
-    }
-    let autoclear = BigEndian::read_u64(&bytes[88..]);
-    let known = [(0, "an image with persistent bitmaps"), (1, "a raw external data file")];
-    for (bit, name) in known {
-        if autoclear & (1 << bit) != 0 {
-            let (field, value) = ("autoclear_features", autoclear);
-            let next = "rewrite it with 'qemu-img convert -O qcow2'";
-            return Err(OpenErrorInner::Feature { name, field, value, next }.into());
-        }
-    }
-    if autoclear != 0 {
-        let (field, bit) = ("autoclear_features", autoclear.trailing_zeros());
-        let name = names.find(2, bit);
-        return Err(OpenErrorInner::UnknownFeature { field, bit, name }.into());
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,8 +1,11 @@
 //! An open image: the header and the two top-level tables, with every word of them checked.
 
+use alloc::vec::Vec;
+
 use crate::entry::Decoder;
 use crate::error::{OpenError, OpenErrorInner};
-use crate::header::Header;
+use crate::header::{Extent, Header};
+use crate::layer::{Layer, MAX_LAYERS};
 use crate::metaset::{Fixed, MetaSet};
 use crate::table::Table;
 
@@ -16,9 +19,18 @@ pub struct Image {
     pub(crate) refcounts: Table,
     pub(crate) metadata: MetaSet,
     pub(crate) file_len: u64,
-    /// Bytes of the file beneath, if there is one.
-    pub(crate) backing_len: Option<u64>,
+    /// Bytes of the external data file.
+    pub(crate) data_len: Option<u64>,
+    /// What lies beneath, from the top.
+    pub(crate) layers: Vec<Layer>,
 }
+
+pub(crate) const NO_DATA_FILE: OpenErrorInner = OpenErrorInner::Feature {
+    name: "an external data file that nobody opened",
+    field: "incompatible_features",
+    value: 4,
+    next: "see Image::with_data_file",
+};
 
 impl Image {
     /// Checks the tables: `l1` and `refcount_table` are the bytes at the header's
@@ -27,30 +39,15 @@ impl Image {
     ///
     /// # Errors
     /// An entry with reserved bits set, unaligned, outside the file, or pointing to where other
-    /// metadata lies; an L1 entry without COPIED (there are no snapshots, so its refcount is
-    /// wrong).
+    /// metadata lies; an L1 entry without COPIED where there are no snapshots.
     pub fn new(
         header: Header,
         l1: &[u8],
         refcount_table: &[u8],
         file_len: u64,
     ) -> Result<Self, OpenError> {
-        if header.backing().is_some() {
-            let (name, field) = ("a backing file that nobody opened", "backing_file_offset");
-            let next = "see Image::with_backing";
-            return Err(OpenErrorInner::Feature { name, field, value: 0, next }.into());
-        }
-        Self::check(header, l1, refcount_table, file_len)
-    }
-
-    fn check(
-        header: Header,
-        l1: &[u8],
-        refcount_table: &[u8],
-        file_len: u64,
-    ) -> Result<Self, OpenError> {
-        let geometry = header.geometry();
-        let decoder = Decoder { geometry, version: header.version() };
+        let decoder = Decoder::of(&header);
+        let geometry = decoder.geometry;
         let page_bits = geometry.page_bits();
         let l1 = Table::parse(l1, header.l1_extent(), page_bits);
         let refcounts = Table::parse(refcount_table, header.refcount_table_extent(), page_bits);
@@ -64,27 +61,56 @@ impl Image {
                 return Err(overlap(what, index, value));
             }
         }
-        let backing_len = None;
-        let mut image = Self { header, decoder, l1, refcounts, metadata, file_len, backing_len };
+        let (data_len, layers) = (None, Vec::new());
+        let mut image =
+            Self { header, decoder, l1, refcounts, metadata, file_len, data_len, layers };
         image.check_l1()?;
         image.check_refcounts()?;
         Ok(image)
     }
 
-    /// The same for an image with a backing file of `backing_len` bytes: byte `n` of that is what
-    /// an unallocated byte `n` of the virtual disk reads as.
+    /// The same with its external data file, of `len` bytes.
+    #[must_use]
+    pub fn with_data_file(self, len: u64) -> Self {
+        Self { data_len: Some(len), ..self }
+    }
+
+    /// The same above these files, the image's own backing file first.
     ///
     /// # Errors
-    /// As [`Image::new`].
-    pub fn with_backing(
-        header: Header,
-        l1: &[u8],
-        refcount_table: &[u8],
-        file_len: u64,
-        backing_len: u64,
-    ) -> Result<Self, OpenError> {
-        let image = Self::check(header, l1, refcount_table, file_len)?;
-        Ok(Self { backing_len: Some(backing_len), ..image })
+    /// More than 16.
+    pub fn with_layers(self, layers: Vec<Layer>) -> Result<Self, OpenError> {
+        if layers.len() > MAX_LAYERS {
+            let (what, expected) = ("the number of backing files", "at most 16");
+            let value = layers.len() as u64;
+            return Err(OpenErrorInner::Option { what, value, expected }.into());
+        }
+        Ok(Self { layers, ..self })
+    }
+
+    /// Guest data must never be written here: snapshots, bitmaps, and what they refer to.
+    pub fn protect(&mut self, extent: Extent) {
+        let geometry = self.decoder.geometry;
+        let end = geometry.clusters_for(extent.end().min(self.file_len));
+        for cluster in extent.offset >> geometry.cluster_bits()..end {
+            self.metadata.insert(cluster);
+        }
+    }
+
+    /// Is everything there that the header speaks of?
+    pub(crate) fn check_files(&self) -> Result<(), OpenError> {
+        if self.header.data_file().is_some() && self.data_len.is_none() {
+            return Err(NO_DATA_FILE.into());
+        }
+        let names = |layer: &Layer| layer.has_backing();
+        let named = core::iter::once(self.header.backing().is_some());
+        let mut named = named.chain(self.layers.iter().map(names)).enumerate();
+        if named.any(|(number, named)| named && number >= self.layers.len()) {
+            let (name, field) = ("a backing file that nobody opened", "backing_file_offset");
+            let next = "see Image::with_layers";
+            return Err(OpenErrorInner::Feature { name, field, value: 0, next }.into());
+        }
+        Ok(())
     }
 
     fn check_l1(&mut self) -> Result<(), OpenError> {
@@ -93,10 +119,11 @@ impl Image {
             let bad = |why| OpenErrorInner::BadEntry { table, index, value, why };
             let found = self.decoder.l1(value, self.file_len).map_err(|word| bad(word.text()))?;
             let Some(pointer) = found else { continue };
-            if !pointer.copied {
+            if !pointer.copied && self.header.snapshots().is_none() {
                 let why = "its COPIED flag is clear without snapshots: see 'qemu-img check -r all'";
                 return Err(bad(why).into());
             }
+            // A table that snapshots share is copied before it is changed; until then it is theirs.
             if !self.metadata.insert(pointer.at.index()) {
                 return Err(overlap(table, index, value));
             }

@@ -82,6 +82,8 @@ mod geometry;
 mod grow;
 mod header;
 mod image;
+mod layer;
+mod life;
 pub mod marks;
 mod metaset;
 mod op;
@@ -93,8 +95,10 @@ pub mod planted;
 mod progress;
 mod quarantine;
 mod read;
+mod refblock;
 mod report;
 mod request;
+mod snapshot;
 mod table;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -105,9 +109,13 @@ mod zero;
 pub use engine::Engine;
 pub use error::{Failure, FailureKind, IoErrorKind, OpenError, OpenErrorKind};
 pub use geometry::Geometry;
-pub use header::{Backing, Extent, Header};
+pub use header::{Backing, Bitmaps, DataFile, Directory, Extent, Header};
 pub use image::Image;
-pub use op::{COPY_BUFFER, FileId, Op, OpId, OpKind, Outcome, Reply, Request};
-pub use options::Options;
+pub use layer::Layer;
+pub use op::{
+    COPY_BUFFER, Compressed, Compression, FileId, Op, OpId, OpKind, Outcome, Reply, Request,
+};
+pub use options::{Discards, Options};
 pub use report::{Health, Memory, Stats};
+pub use snapshot::Snapshot;
 pub use units::{ClusterCount, GuestCluster, GuestOffset, HostCluster, HostOffset};

@@ -92,6 +92,35 @@ impl MetaSet {
         true
     }
 
+    /// Takes a cluster out.
+    pub(crate) fn remove(&mut self, cluster: u64) {
+        let mask = self.slots.len() - 1;
+        let mut hole = self.home(cluster);
+        while self.slots[hole] != cluster {
+            if self.slots[hole] == 0 {
+                return;
+            }
+            hole = (hole + 1) & mask;
+        }
+        self.slots[hole] = 0;
+        self.len -= 1;
+        // Close the gap: move back every later entry of the chain whose home is not after it.
+        let mut at = hole;
+        loop {
+            at = (at + 1) & mask;
+            let entry = self.slots[at];
+            if entry == 0 {
+                return;
+            }
+            let home = self.home(entry);
+            if (at.wrapping_sub(home) & mask) >= (at.wrapping_sub(hole) & mask) {
+                self.slots[hole] = entry;
+                self.slots[at] = 0;
+                hole = at;
+            }
+        }
+    }
+
     fn place(&mut self, cluster: u64) {
         let mask = self.slots.len() - 1;
         let mut at = self.home(cluster);
@@ -132,6 +161,21 @@ mod tests {
         }
         assert!(set.contains(0), "the header is always in it");
         assert!(set.overlaps(8, 7) && !set.overlaps(8, 6));
+    }
+
+    #[test]
+    fn what_is_removed_is_gone_and_nothing_else() {
+        let mut set = MetaSet::new(0);
+        for cluster in 1..3000 {
+            set.insert(cluster * cluster);
+        }
+        for cluster in (1..3000).step_by(3) {
+            set.remove(cluster * cluster);
+            set.remove(cluster * cluster);
+        }
+        for cluster in 1..3000 {
+            assert_eq!(set.contains(cluster * cluster), cluster % 3 != 1, "{cluster}");
+        }
     }
 
     #[test]

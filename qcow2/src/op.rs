@@ -10,8 +10,35 @@ use crate::error::IoErrorKind;
 pub enum FileId {
     /// The qcow2 file itself.
     Image,
-    /// What lies beneath: its byte `n` is byte `n` of the virtual disk. Only ever read.
-    Backing,
+    /// Its external data file.
+    Data,
+    /// A file of the chain beneath, counted from 0 at the image's own backing file. Only read.
+    Backing(u8),
+    /// The external data file of such a one. Only read.
+    BackingData(u8),
+}
+
+/// How clusters are compressed (header field compression_type).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// Raw deflate with a window of at most 4 KiB (2^12).
+    Zlib,
+    /// Zstandard frames.
+    Zstd,
+}
+
+/// A compressed cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compressed {
+    /// First byte in the file; need not be aligned to anything.
+    pub offset: u64,
+    /// Bytes up to the end of its last sector. The last of them may lie behind the end of the file
+    /// and may belong to the next cluster.
+    pub len: u32,
+    /// How it is compressed.
+    pub method: Compression,
+    /// log2 of the bytes that it inflates to, exactly.
+    pub cluster_bits: u32,
 }
 
 /// A guest request, in bytes. Offsets and lengths are multiples of 512.
@@ -101,6 +128,20 @@ pub enum OpKind {
         /// Bytes.
         len: u32,
     },
+    /// Inflate a cluster, and put `len` of its bytes, from its byte `from` on, into the buffer of
+    /// request `tag`, from byte `at` of that buffer on. `Io` if it cannot be inflated.
+    Inflate {
+        /// The guest request whose buffer is meant.
+        tag: u16,
+        /// First byte in that buffer.
+        at: u32,
+        /// Where it is, and how it is compressed.
+        source: Compressed,
+        /// First byte of the inflated cluster.
+        from: u32,
+        /// Bytes.
+        len: u32,
+    },
     /// Fill `len` bytes of the buffer of request `tag` with zeros. Touches no file.
     Fill {
         /// The guest request whose buffer is meant.
@@ -134,17 +175,41 @@ pub enum OpKind {
         /// Bytes, at most [`Geometry::MAX_PAGE`](crate::Geometry::MAX_PAGE).
         len: u32,
     },
-    /// Read `len` bytes at `offset` of the file (the image or what lies beneath it) into the first
-    /// bytes of copy buffer `buffer`. Bytes past the end of the file count as zeros.
+    /// Read `len` bytes at `offset` of the file (the image or what lies beneath it) into copy
+    /// buffer `buffer`, from its byte `at` on. Bytes past the end of the file count as zeros.
     CopyRead {
         /// Which copy buffer.
         buffer: u16,
+        /// First byte in that buffer.
+        at: u32,
         /// First byte in the file.
         offset: u64,
         /// Bytes, at most [`COPY_BUFFER`].
         len: u32,
     },
-    /// Write the first `len` bytes of copy buffer `buffer` to `offset` of the image.
+    /// The same as [`Inflate`](OpKind::Inflate), into a copy buffer.
+    CopyInflate {
+        /// Which copy buffer.
+        buffer: u16,
+        /// First byte in that buffer.
+        at: u32,
+        /// Where it is, and how it is compressed.
+        source: Compressed,
+        /// First byte of the inflated cluster.
+        from: u32,
+        /// Bytes.
+        len: u32,
+    },
+    /// Fill `len` bytes of copy buffer `buffer` with zeros, from its byte `at` on.
+    CopyFill {
+        /// Which copy buffer.
+        buffer: u16,
+        /// First byte in that buffer.
+        at: u32,
+        /// Bytes.
+        len: u32,
+    },
+    /// Write the first `len` bytes of copy buffer `buffer` to `offset` of the file.
     CopyWrite {
         /// Which copy buffer.
         buffer: u16,

@@ -34,10 +34,16 @@ pub(crate) enum Owner {
     Header,
     /// An fdatasync of a round.
     Sync,
-    /// The fdatasync that a writable open begins with.
+    /// The fdatasync that a writable open begins with; and the header, if that has to be written
+    /// before.
     FirstSync,
+    FirstHeader,
+    /// A new refcount block of this refcount table entry is being zeroed.
+    NewBlock(u64),
     /// The file is being extended; `least`: by no more than is needed right now.
-    Extend { least: bool },
+    Extend {
+        least: bool,
+    },
     /// The file is being extended for a new refcount table.
     ExtendGrown,
     /// The unused end of the file is being cut off.

@@ -22,10 +22,26 @@ pub struct Options {
     /// Host space that is reserved ahead of need: refcounts raised, the file extended. A crash
     /// leaks at most so much.
     pub reservation: u64,
+    /// What a discard does.
+    pub discards: Discards,
+    /// The file is a block device: it does not grow, and what lies behind the last cluster in use
+    /// may be anything.
+    pub fixed_size: bool,
     /// For tests: two slices per cache and one staging slot, so that every wait is waited.
     pub stress: bool,
     /// Start a flush of our own when something has been volatile for so long, in milliseconds.
     pub max_dirty_ms: u64,
+}
+
+/// What a discard of whole clusters does. They read as zeros afterwards, unless it is ignored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discards {
+    /// Give the host space back.
+    Unmap,
+    /// Keep it, as a zero cluster: writes to it need no new space.
+    Keep,
+    /// Nothing.
+    Ignore,
 }
 
 impl Default for Options {
@@ -39,6 +55,8 @@ impl Default for Options {
             staging: 32,
             alignment: 512,
             reservation: 16 << 20,
+            discards: Discards::Unmap,
+            fixed_size: false,
             stress: false,
             max_dirty_ms: 5000,
         }

@@ -3,6 +3,10 @@
 //! An entry is the new place of one guest cluster, together with the epoch in which its data was
 //! complete. When that epoch is durable, the next round folds the entry into its L2 page. Entries
 //! keep their own epoch, so that writers that go on and on never hold up those that were before.
+//!
+//! With extended L2 entries, subclusters of one cluster come one after the other: an entry then has
+//! a part for each epoch. There are at most three at a time: one that is durable and waits to be
+//! folded, one that an fdatasync under way covers, and the present one.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -15,8 +19,54 @@ use crate::units::{GuestCluster, HostCluster};
 pub(crate) struct Entry {
     pub(crate) guest: GuestCluster,
     pub(crate) host: HostCluster,
-    /// The data was complete in this epoch.
-    pub(crate) since: Epoch,
+    parts: [Part; 3],
+}
+
+/// Units whose data was complete in one epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Part {
+    units: u32,
+    since: Epoch,
+}
+
+impl Entry {
+    pub(crate) fn new(guest: GuestCluster, host: HostCluster, units: u32, since: Epoch) -> Self {
+        let none = Part { units: 0, since };
+        Self { guest, host, parts: [Part { units, since }, none, none] }
+    }
+
+    /// All units that it has a mapping for.
+    pub(crate) fn units(&self) -> u32 {
+        self.parts.iter().fold(0, |units, part| units | part.units)
+    }
+
+    /// Those of them whose epoch is `durable`.
+    pub(crate) fn units_of(&self, durable: impl Fn(Epoch) -> bool) -> u32 {
+        let of = self.parts.iter().filter(|part| durable(part.since));
+        of.fold(0, |units, part| units | part.units)
+    }
+
+    fn add(&mut self, units: u32, since: Epoch, durable: impl Fn(Epoch) -> bool) {
+        // Those that are durable are folded together: they need one part only.
+        let mut first: Option<usize> = None;
+        for number in 0..self.parts.len() {
+            let Part { units, since } = self.parts[number];
+            if units == 0 || !durable(since) {
+                continue;
+            }
+            match first {
+                None => first = Some(number),
+                Some(first) => {
+                    self.parts[first].units |= units;
+                    self.parts[number].units = 0;
+                }
+            }
+        }
+        let of = |wanted: &dyn Fn(&Part) -> bool| self.parts.iter().position(wanted);
+        let at = of(&|part| part.units != 0 && part.since == since).or(of(&|part| part.units == 0));
+        let part = &mut self.parts[at.expect("three at a time: durable, being synced, open")];
+        *part = Part { units: part.units | units, since };
+    }
 }
 
 /// A hash table of bounded size: linear probing, at most half full.
@@ -79,14 +129,36 @@ impl Overlay {
         self.find(guest).ok().and_then(|at| self.slots[at])
     }
 
-    /// Adds an entry for a guest cluster that has none; the caller has asked for room.
-    pub(crate) fn insert(&mut self, entry: Entry) {
+    /// Adds a mapping for units that have none here; the caller has asked for room. What is known
+    /// of other units of the cluster is at the same place.
+    pub(crate) fn insert(&mut self, entry: Entry, durable: impl Fn(Epoch) -> bool) {
         assert!(self.has_room(1), "callers ask for room first");
-        match self.find(entry.guest) {
-            Ok(_) => unreachable!("one allocation per guest cluster at a time"),
-            Err(at) => self.slots[at] = Some(entry),
+        let at = match self.find(entry.guest) {
+            Ok(at) => at,
+            Err(at) => {
+                self.slots[at] = Some(entry);
+                self.len += 1;
+                return;
+            }
+        };
+        let known = self.slots[at].as_mut().expect("found");
+        let Part { units, since } = entry.parts[0];
+        assert!(known.host == entry.host && known.units() & units == 0, "one write at a time");
+        known.add(units, since, durable);
+    }
+
+    /// Forgets some units of a cluster. True if nothing of it is left.
+    pub(crate) fn remove_units(&mut self, guest: GuestCluster, units: u32) -> bool {
+        let Ok(at) = self.find(guest) else { return true };
+        let known = self.slots[at].as_mut().expect("found");
+        for part in &mut known.parts {
+            part.units &= !units;
         }
-        self.len += 1;
+        let empty = known.units() == 0;
+        if empty {
+            self.remove(guest);
+        }
+        empty
     }
 
     pub(crate) fn remove(&mut self, guest: GuestCluster) -> Option<Entry> {
@@ -124,6 +196,30 @@ mod tests {
     use crate::testing::Prng;
 
     #[test]
+    fn units_keep_their_epochs() {
+        let mut epochs = Epochs::new(false);
+        let mut overlay = Overlay::new(4);
+        let (guest, host) = (GuestCluster(3), HostCluster::new(9).unwrap());
+        let insert = |units, epochs: &Epochs, overlay: &mut Overlay| {
+            let entry = Entry::new(guest, host, units, epochs.now());
+            overlay.insert(entry, |epoch| epochs.is_durable(epoch));
+        };
+        for step in 0..8 {
+            insert(1 << (step * 2), &epochs, &mut overlay);
+            epochs.cut();
+            insert(2 << (step * 2), &epochs, &mut overlay);
+            epochs.succeeded();
+            let entry = overlay.get(guest).unwrap();
+            let durable = entry.units_of(|epoch| epochs.is_durable(epoch));
+            assert_eq!(entry.units(), (4 << (step * 2)) - 1);
+            assert_eq!(durable, (2 << (step * 2)) - 1, "all but the last");
+        }
+        assert!(!overlay.remove_units(guest, 0xff));
+        assert!(overlay.remove_units(guest, 0xff00));
+        assert!(overlay.is_empty());
+    }
+
+    #[test]
     fn it_is_a_map() {
         let since = Epochs::new(false).now();
         let mut overlay = Overlay::new(64);
@@ -133,7 +229,7 @@ mod tests {
             let guest = GuestCluster(prng.below(100));
             if prng.one_in(2) && overlay.has_room(1) && !model.contains_key(&guest) {
                 let host = HostCluster::new(step).unwrap();
-                overlay.insert(Entry { guest, host, since });
+                overlay.insert(Entry::new(guest, host, 1, since), |_| false);
                 model.insert(guest, host);
             } else {
                 assert_eq!(overlay.remove(guest).map(|entry| entry.host), model.remove(&guest));

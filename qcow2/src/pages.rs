@@ -3,8 +3,9 @@
 use crate::cache::{Cache, SlotId};
 use crate::engine::Engine;
 use crate::error::{FailureKind, IoErrorKind};
-use crate::op::{OpId, OpKind};
+use crate::op::{FileId, OpId, OpKind};
 use crate::optable::Owner;
+use crate::read::file_of_page;
 use crate::request::{Stop, Wait, Which};
 
 impl Engine {
@@ -30,7 +31,6 @@ impl Engine {
         if !self.ops.has_staging() {
             return Stop::Wait(Wait::Staging);
         }
-        let page_bits = self.geometry().page_bits();
         let Some(slot) = self.cache(which).begin_load(page) else {
             // Every other page is dirty, or on its way: a round makes room.
             self.round.wanted |= self.cache(which).is_unclean();
@@ -39,7 +39,9 @@ impl Engine {
         self.stats.cache_misses += 1;
         self.stats.metadata_reads += 1;
         let len = u32::try_from(self.geometry().page_size()).expect("a page");
-        self.emit(Owner::Load(which, slot), OpKind::MetaRead { offset: page << page_bits, len });
+        let (file, number) = file_of_page(page);
+        let offset = number << self.geometry().page_bits();
+        self.emit_to(Owner::Load(which, slot), file, OpKind::MetaRead { offset, len });
         Stop::Wait(Wait::Page(which, page))
     }
 
@@ -51,7 +53,8 @@ impl Engine {
         result: Result<(), IoErrorKind>,
     ) {
         let page = self.cache(which).page_of(slot);
-        let offset = page << self.geometry().page_bits();
+        let (file, number) = file_of_page(page);
+        let offset = number << self.geometry().page_bits();
         if result.is_ok() {
             let bytes = self.ops.staging(id);
             let cache = match which {
@@ -62,12 +65,21 @@ impl Engine {
             self.wake(|wait| wait == Wait::Page(which, page));
         } else {
             self.cache(which).abandon_load(slot);
-            self.incident(FailureKind::MetadataRead, offset);
+            self.incident(
+                match file {
+                    FileId::Backing(layer) => FailureKind::MetadataReadBeneath(layer),
+                    _ => FailureKind::MetadataRead,
+                },
+                offset,
+            );
             if which == Which::Refcounts {
                 self.allocator.unreadable();
                 self.abandon_lowering(page);
             }
             self.wake_failing(IoErrorKind::Io, |wait| wait == Wait::Page(which, page));
+            if which == Which::L2 {
+                self.fail_copies(page);
+            }
             if which == Which::L2 && self.is_folding_into(page) {
                 // Acknowledged mappings belong into this page, and can't get there.
                 self.fail(FailureKind::MetadataRead, offset);

@@ -89,6 +89,14 @@ bugs! {
     StaleTable,
     /// Closing cuts the file off below clusters in use.
     TruncateTooShort,
+    /// The copy of an L2 table that a snapshot shares is linked before it is durable.
+    TableCopyLinkedEarly,
+    /// A compressed cluster gives one of its host clusters back twice.
+    CompressedReleasedTwice,
+    /// A subcluster's bit is set before its data is durable.
+    SubclusterBeforeData,
+    /// A host cluster that is still counted is punched.
+    SharedClusterPunched,
 }
 
 #[cfg(feature = "planted-bugs")]

@@ -1,7 +1,8 @@
 //! Operations on their way: handing them out, short transfers, and what a completion means.
 
-use crate::engine::{Engine, Life};
+use crate::engine::Engine;
 use crate::error::{FailureKind, IoErrorKind};
+use crate::life::Life;
 use crate::mark;
 use crate::op::{FileId, OpId, OpKind, Outcome};
 use crate::optable::Owner;
@@ -32,8 +33,33 @@ impl Engine {
     pub(crate) fn emit_sync(&mut self, owner: Owner) {
         // Cleared before it is carried out: what completes from now on is not covered.
         self.epochs.cut();
-        self.stats.syncs += 1;
-        self.emit(owner, OpKind::Sync);
+        for file in [FileId::Image, FileId::Data] {
+            if file == FileId::Image || self.data_len.is_some() {
+                self.syncs += 1;
+                self.stats.syncs += 1;
+                self.emit_to(owner, file, OpKind::Sync);
+            }
+        }
+    }
+
+    /// One of the fdatasyncs of an epoch has ended. True: with success, and it was the last.
+    fn sync_ended(&mut self, result: Result<(), IoErrorKind>) -> bool {
+        self.syncs -= 1;
+        if result.is_err() && !planted::is(Bug::SyncRetried) {
+            self.fail(FailureKind::Sync, 0);
+        }
+        self.failed.is_none() && self.syncs == 0
+    }
+
+    /// Bytes of a file; what lies behind them reads as zeros.
+    fn len_of(&self, file: FileId) -> u64 {
+        match file {
+            FileId::Image => self.file_len,
+            FileId::Data => self.data_len.unwrap_or(0),
+            FileId::Backing(layer) | FileId::BackingData(layer) => {
+                self.layers.get(usize::from(layer)).map_or(0, |layer| layer.len_of(file))
+            }
+        }
     }
 
     /// Writes a page of metadata; the caller has made sure of staging.
@@ -52,17 +78,12 @@ impl Engine {
         }
         mark!("op.short");
         let align = self.options.alignment;
-        let backing_len = self.backing_len.unwrap_or(0);
-        let image_len = self.file_len;
+        let file_len = self.len_of(self.ops.get(id).file);
         let failed = self.failed.is_some();
         let state = self.ops.get_mut(id);
         // Direct I/O goes on at a multiple of the alignment.
         let whole_sectors = done - done % align;
         let mut progress = whole_sectors != 0;
-        let file_len = match state.file {
-            FileId::Image => image_len,
-            FileId::Backing => backing_len,
-        };
         match &mut state.kind {
             OpKind::Read { tag, at, offset, len } => {
                 let end = *at + *len;
@@ -125,24 +146,30 @@ impl Engine {
             Owner::Request(request) => self.finish_payload(request, result),
             Owner::NewTable(index) => self.finish_new_table(index, result),
             Owner::Load(..) => {}
+            Owner::NewBlock(cluster) => self.finish_zeroed_block(cluster, result),
             Owner::Extend { least } => self.finish_extend(state.kind, least, result),
-            Owner::Copy(buffer) => self.finish_copy(buffer, state.kind, result),
+            Owner::Copy(buffer) => self.finish_copy(buffer, result),
             Owner::Reserved(start) => self.finish_reserved(start, result),
             Owner::Punch(start) => self.finish_punch(start, result),
-            Owner::FirstSync => match result {
-                Ok(()) => {
+            Owner::FirstHeader => match result {
+                Ok(()) => self.emit_sync(Owner::FirstSync),
+                Err(_) => self.fail(FailureKind::MetadataWrite, 0),
+            },
+            Owner::FirstSync => {
+                if self.sync_ended(result) {
                     self.epochs.succeeded();
                     self.life = if self.life == Life::Opening { Life::Serving } else { self.life }
                 }
-                Err(_) => self.fail(FailureKind::Sync, 0),
-            },
+            }
+            Owner::Sync => {
+                if self.sync_ended(result) {
+                    self.round_synced();
+                }
+            }
             Owner::Truncate => {}
-            Owner::Page(..)
-            | Owner::Top
-            | Owner::Grown
-            | Owner::Header
-            | Owner::Sync
-            | Owner::ExtendGrown => self.finish_round_op(&state, result),
+            Owner::Page(..) | Owner::Top | Owner::Grown | Owner::Header | Owner::ExtendGrown => {
+                self.finish_round_op(&state, result)
+            }
         }
         if state.staging.is_some() {
             self.wake(|wait| wait == Wait::Staging);

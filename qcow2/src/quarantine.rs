@@ -12,11 +12,15 @@
 //!    on its way ([pins](Item::before)): it must not meet the next owner's bytes.
 //! 4. **Punched.** The hole is complete before the cluster is free, so that it can't swallow what
 //!    the next owner writes.
+//!
+//! A cluster that several refer to (snapshots, compressed clusters that share it) passes the first
+//! two gates once for each reference; only the last goes on to the others.
 
 use alloc::vec::Vec;
 
 use crate::allocator::RefcountPlace;
 use crate::engine::Engine;
+use crate::entry::Reference;
 use crate::error::IoErrorKind;
 use crate::mark;
 use crate::op::OpKind;
@@ -46,6 +50,8 @@ struct Item {
     before: u64,
     /// Nothing on disk ever referred to it: it is free as soon as its refcount is lowered.
     unused: bool,
+    /// A single cluster that others may refer to as well: only the last of them frees it.
+    shared: bool,
 }
 
 /// All of them.
@@ -58,9 +64,12 @@ pub(crate) struct Quarantine {
 /// Runs in quarantine; when it is full, those who unmap wait.
 const MAX_ITEMS: usize = 1024;
 
+/// What a round that folds mappings may add on top of that: one run for each.
+const MAX_FOLDED: usize = 4096;
+
 impl Quarantine {
     pub(crate) fn new() -> Self {
-        Self { items: Vec::with_capacity(MAX_ITEMS), clusters: 0 }
+        Self { items: Vec::with_capacity(MAX_ITEMS + MAX_FOLDED), clusters: 0 }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -88,11 +97,39 @@ impl Quarantine {
     pub(crate) fn lower_only(&mut self, start: u64, count: u64) {
         self.clusters += count;
         let stage = Stage::Lowering(0);
-        self.items.push(Item { start, count, stage, before: 0, unused: true });
+        self.items.push(Item { start, count, stage, before: 0, unused: true, shared: false });
     }
 }
 
 impl Engine {
+    /// What an entry referred to, and does not refer to any more.
+    pub(crate) fn quarantine_reference(&mut self, reference: Reference) {
+        match reference {
+            Reference::Nothing => {}
+            Reference::Cluster(pointer) if pointer.copied => self.quarantine(pointer.at, 1),
+            Reference::Cluster(pointer) => self.quarantine_shared(pointer.at.index()),
+            Reference::Compressed { first, count } => {
+                for cluster in first..first + count {
+                    self.quarantine_shared(cluster);
+                }
+                if planted::is(Bug::CompressedReleasedTwice) {
+                    self.quarantine_shared(first);
+                }
+            }
+        }
+    }
+
+    /// One of perhaps several references to a cluster is gone from memory.
+    pub(crate) fn quarantine_shared(&mut self, cluster: u64) {
+        mark!("quarantine.shared");
+        let (start, count, before) = (cluster, 1, self.ops.next_number());
+        let stage = Stage::Unlinked(self.next_round());
+        self.quarantine.clusters += 1;
+        let item = Item { start, count, stage, before, unused: false, shared: true };
+        self.quarantine.items.push(item);
+        self.round.wanted |= self.quarantine.is_crowded();
+    }
+
     /// The mapping to `at` is gone from memory.
     pub(crate) fn quarantine(&mut self, at: HostCluster, count: u64) {
         let (start, before) = (at.index(), self.ops.next_number());
@@ -101,13 +138,14 @@ impl Engine {
         if let Some(last) = self.quarantine.items.last_mut()
             && last.start + last.count == start
             && last.stage == stage
-            && !last.unused
+            && !(last.unused || last.shared)
         {
             last.count += count;
             last.before = before;
             return;
         }
-        self.quarantine.items.push(Item { start, count, stage, before, unused: false });
+        let item = Item { start, count, stage, before, unused: false, shared: false };
+        self.quarantine.items.push(item);
         self.round.wanted |= self.quarantine.is_crowded();
     }
 
@@ -119,16 +157,20 @@ impl Engine {
         let oldest = self.ops.oldest_payload();
         let mut number = 0;
         while let Some(&item) = self.quarantine.items.get(number) {
+            let mut gone = false;
             match item.stage {
                 Stage::Unlinked(round)
                     if round <= self.round.synced || planted::is(Bug::DecrementBeforeUnlink) =>
                 {
                     mark!("quarantine.unlinked_durably");
                     self.quarantine.items[number].stage = Stage::Lowering(0);
-                    self.lower(number);
+                    gone = self.lower(number);
                 }
-                Stage::Lowering(_) => self.lower(number),
-                Stage::Lowered(_) if planted::is(Bug::FreeBeforeDecrement) => self.release(number),
+                Stage::Lowering(_) => gone = self.lower(number),
+                Stage::Lowered(_) if planted::is(Bug::FreeBeforeDecrement) => {
+                    self.release(number);
+                    gone = true;
+                }
                 Stage::Lowered(round)
                     if (round <= self.round.synced || planted::is(Bug::PunchBeforeDecrement))
                         && (item.before <= oldest || planted::is(Bug::PinIgnored))
@@ -141,6 +183,7 @@ impl Engine {
                     self.emit(Owner::Punch(item.start), OpKind::Punch { offset, len });
                     if planted::is(Bug::ReuseBeforePunch) {
                         self.release(number);
+                        gone = true;
                     }
                 }
                 Stage::Lowered(round) if round <= self.round.synced && item.before > oldest => {
@@ -148,14 +191,12 @@ impl Engine {
                 }
                 Stage::Unlinked(_) | Stage::Lowered(_) | Stage::Punching => {}
             }
-            // `lower` may have taken the item away.
-            let same = |other: &Item| other.start == item.start;
-            number += usize::from(self.quarantine.items.get(number).is_some_and(same));
+            number += usize::from(!gone);
         }
     }
 
-    /// Counts down as far as the refcount pages are there.
-    fn lower(&mut self, number: usize) {
+    /// Counts down as far as the refcount pages are there. True if the item is gone.
+    fn lower(&mut self, number: usize) -> bool {
         let item = self.quarantine.items[number];
         let Stage::Lowering(mut done) = item.stage else { unreachable!("called for that stage") };
         while done < item.count {
@@ -171,16 +212,34 @@ impl Engine {
             self.refcount_cache.set_refcount(slot, index, refcount);
             self.note_dirty();
             done += 1;
+            if refcount != 0 && item.shared && !planted::is(Bug::SharedClusterPunched) {
+                self.still_counted(number);
+                return true;
+            }
         }
         self.quarantine.items[number].stage = Stage::Lowering(done);
         if done < item.count {
-            return;
+            return false;
         }
         if item.unused {
             self.release(number);
-        } else {
-            self.quarantine.items[number].stage = Stage::Lowered(self.next_round());
+            return true;
         }
+        self.quarantine.items[number].stage = Stage::Lowered(self.next_round());
+        false
+    }
+
+    /// Others still refer to the cluster. Whoever frees it waits for our readers, too.
+    fn still_counted(&mut self, number: usize) {
+        mark!("quarantine.still_counted");
+        let item = self.quarantine.items.remove(number);
+        self.quarantine.clusters -= item.count;
+        for other in &mut self.quarantine.items {
+            if other.shared && other.start == item.start {
+                other.before = other.before.max(item.before);
+            }
+        }
+        self.wake(|wait| wait == Wait::Quarantine);
     }
 
     /// A page of refcounts cannot be read: the clusters that it counts stay counted, a leak.

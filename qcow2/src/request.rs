@@ -3,6 +3,7 @@
 
 use crate::error::IoErrorKind;
 use crate::op::Request;
+use crate::read::Cursor;
 use crate::units::{GuestCluster, HostCluster};
 
 /// Runs of new clusters that one request may have under way at the same time. More of them wait:
@@ -66,6 +67,8 @@ pub(crate) struct Segment {
     pub(crate) guest: GuestCluster,
     pub(crate) host: HostCluster,
     pub(crate) count: u64,
+    /// Of which units: all, or with extended L2 entries some of a single cluster.
+    pub(crate) units: u32,
     /// Allocated for this write (and given back if that fails), not kept by a zero cluster before.
     pub(crate) allocated: bool,
     /// The mapping may become durable together with the data, or before it.
@@ -78,6 +81,8 @@ pub(crate) struct RequestState {
     pub(crate) request: Option<Request>,
     /// Bytes for which operations were issued.
     pub(crate) pos: u32,
+    /// How far the search for the byte at `pos` has come.
+    pub(crate) cursor: Cursor,
     /// Operations under way.
     pub(crate) pending: u32,
     pub(crate) wait: Wait,
@@ -90,6 +95,7 @@ impl RequestState {
     pub(crate) const IDLE: Self = Self {
         request: None,
         pos: 0,
+        cursor: Cursor::START,
         pending: 0,
         wait: Wait::Nothing,
         error: None,

@@ -17,6 +17,11 @@ pub struct GuestCluster(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HostOffset(pub u64);
 
+/// The number of the smallest piece of the virtual disk that has a mapping of its own: a subcluster
+/// in an image with extended L2 entries, else a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GuestUnit(pub u64);
+
 /// The number of a host cluster. Cluster 0 holds the header and is never referenced by a table, so
 /// zero is free to mean "none".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -11,11 +11,23 @@
 //! ascending order only, so two requests can't wait for each other.
 //!
 //! A write of zeros to a part of a cluster comes here too: its payload is zeros.
+//!
+//! | the cluster is | what a write does |
+//! | --- | --- |
+//! | data, COPIED | writes in place |
+//! | data without COPIED: a snapshot's, too; or compressed | copies all of it to a new cluster |
+//! | zero or unallocated, and has a host cluster | writes there |
+//! | zero or unallocated | takes a new cluster |
+//!
+//! With extended L2 entries the last two concern single subclusters, where something lies beneath
+//! that need not be copied. An L2 table that a snapshot shares is copied as a whole before one of
+//! its entries changes; what the copy refers to was counted for both when the snapshot was made.
 
 use crate::allocator::Space;
 use crate::cache::Lookup;
+use crate::copy::For;
 use crate::engine::Engine;
-use crate::entry::{Mapping, Pointer, copied_word};
+use crate::entry::{Decoder, Mapping, Pointer, copied_word};
 use crate::error::{FailureKind, IoErrorKind};
 use crate::mark;
 use crate::op::{OpKind, Request};
@@ -23,7 +35,7 @@ use crate::optable::Owner;
 use crate::overlay::Entry;
 use crate::planted::{self, Bug};
 use crate::request::{MAX_SEGMENTS, RequestId, Segment, Step, Stop, Wait};
-use crate::units::{GuestCluster, GuestOffset, HostCluster};
+use crate::units::{GuestCluster, GuestOffset, GuestUnit, HostCluster};
 
 /// An L2 table on its way: allocated, not yet linked into L1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,16 +43,18 @@ pub(crate) struct NewTable {
     pub(crate) l1_index: u64,
     pub(crate) at: HostCluster,
     pub(crate) state: TableState,
+    /// The table that it is a copy of.
+    copy_of: Option<HostCluster>,
 }
 
 /// How far it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TableState {
-    /// Being filled with zeros.
-    Zeroing,
-    /// The zeros are durable after the first fdatasync of this round.
-    Zeroed(u64),
-    /// It reads as zeros in every state that a crash can leave: it may be linked.
+    /// Being filled, with zeros or a copy.
+    Filling,
+    /// What it is filled with is durable after the first fdatasync of this round.
+    Filled(u64),
+    /// It is whole, or reads as zeros, in every state that a crash can leave: it may be linked.
     Ready,
 }
 
@@ -65,8 +79,25 @@ struct Target {
     space: Space,
     /// Taken from the reservation for this write.
     allocated: bool,
-    /// The clusters are unallocated: what lies beneath shines through.
-    over_backing: bool,
+    before: Before,
+}
+
+/// What the guest finds in the clusters of a target before the write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Before {
+    Zeros,
+    /// What lies beneath shines through.
+    Beneath,
+    /// Bytes of a cluster that is going to be replaced.
+    Content,
+}
+
+/// What a write fills, in bytes from the start of its first cluster.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    start: u64,
+    end: u64,
+    units: u32,
 }
 
 impl Engine {
@@ -102,6 +133,10 @@ impl Engine {
         let (cluster, within) = (geometry.cluster_of(guest), geometry.within(guest));
         let left = u64::from(len - at);
         let clusters = self.not_in_progress(cluster, geometry.clusters_for(within + left));
+        if clusters == 0 && self.requests[id].segments().any(|s| s.guest == cluster) {
+            // Another subcluster of a cluster that this request is filling.
+            return Err(Stop::Wait(Wait::Ops));
+        }
         if clusters == 0 {
             mark!("write.waits_for_cluster");
             return Err(Stop::Wait(Wait::Cluster(cluster)));
@@ -123,42 +158,81 @@ impl Engine {
             return Err(Stop::Wait(Wait::OpSlot));
         }
         let piece = self.next_piece(id)?;
-        let run = self.resolve(piece.cluster, piece.clusters)?;
-        self.write_piece(id, self.cut(piece, run.clusters), run.mapping)
+        let (first, most) = self.units_of(piece);
+        let run = self.resolve(first, most)?;
+        self.write_piece(id, self.cut_units(piece, run.units), run.mapping)
     }
 
-    /// Issues the operations for a piece whose clusters are all mapped like this.
+    /// The first unit that a piece touches, and how many.
+    pub(crate) fn units_of(&self, piece: Piece) -> (GuestUnit, u64) {
+        let bits = self.geometry().unit_bits();
+        let start = (piece.cluster.0 << self.geometry().cluster_bits()) + piece.within;
+        let first = start >> bits;
+        (GuestUnit(first), ((start + u64::from(piece.bytes) - 1) >> bits) - first + 1)
+    }
+
+    /// The first `units` units of a piece.
+    pub(crate) fn cut_units(&self, piece: Piece, units: u64) -> Piece {
+        let geometry = self.geometry();
+        let within = piece.within & ((1 << geometry.unit_bits()) - 1);
+        let bytes = ((units << geometry.unit_bits()) - within).min(piece.bytes.into());
+        let clusters = geometry.clusters_for(piece.within + bytes);
+        let bytes = u32::try_from(bytes).expect("at most the request");
+        Piece { bytes, clusters, ..piece }
+    }
+
+    /// Issues the operations for a piece whose units are all mapped like this.
     pub(crate) fn write_piece(&mut self, id: RequestId, piece: Piece, to: Mapping) -> Step<()> {
+        let stale = |host, before| Target { host, space: Space::Stale, allocated: false, before };
         match to {
-            Mapping::Data(pointer) => {
-                self.check_copied(pointer)?;
-                self.write_in_place(id, pointer.at, piece)
+            Mapping::Data(pointer) if pointer.copied => self.write_in_place(id, pointer.at, piece),
+            Mapping::Zero { keeps: Some(pointer) } if pointer.copied => {
+                self.write_new(id, stale(pointer.at, Before::Zeros), piece)
             }
-            Mapping::Zero { keeps: Some(pointer) } => {
-                self.check_copied(pointer)?;
-                let (host, space) = (pointer.at, Space::Stale);
-                let target = Target { host, space, allocated: false, over_backing: false };
-                self.write_new(id, target, piece)
+            Mapping::Unallocated { keeps: Some(pointer) } if pointer.copied => {
+                self.write_new(id, stale(pointer.at, Before::Beneath), piece)
             }
-            Mapping::Unallocated | Mapping::Zero { keeps: None } => {
-                self.ensure_table(piece.cluster)?;
-                let found = self.allocate(piece.clusters)?;
-                self.stats.allocated_data += found.count;
-                let over_backing = to == Mapping::Unallocated;
-                let (host, space) = (found.at, found.space);
-                let target = Target { host, space, allocated: true, over_backing };
-                self.write_new(id, target, self.cut(piece, found.count))
+            Mapping::Zero { keeps: None } => self.write_allocating(id, piece, Before::Zeros),
+            Mapping::NOTHING => self.write_allocating(id, piece, Before::Beneath),
+            _ => {
+                mark!("write.replaces");
+                let piece = self.cut(piece, 1);
+                self.write_allocating(id, piece, Before::Content)
             }
-            Mapping::Compressed => unreachable!("resolve refuses them"),
         }
     }
 
-    pub(crate) fn check_copied(&mut self, pointer: Pointer) -> Step<()> {
-        if pointer.copied {
-            return Ok(());
+    /// The same with clusters that are to be taken.
+    fn write_allocating(&mut self, id: RequestId, piece: Piece, before: Before) -> Step<()> {
+        self.ensure_table(piece.cluster)?;
+        if self.decoder.data_file {
+            let (host, space) = (Decoder::data_cluster(piece.cluster), Space::Stale);
+            let target = Target { host, space, allocated: false, before };
+            return self.write_new(id, target, piece);
         }
-        self.incident(FailureKind::NotCopied, self.geometry().host_start(pointer.at).0);
-        Err(Stop::Fail(IoErrorKind::Io))
+        let whole = u64::from(piece.bytes) >> self.geometry().cluster_bits();
+        let piece = match self.geometry().has_extended_l2() {
+            // What follows the piece in its last cluster may be mapped in another way.
+            true if piece.within == 0 && whole != 0 => self.cut(piece, whole),
+            true if self.fills_units(piece, before) => self.cut(piece, 1),
+            _ => piece,
+        };
+        let found = self.allocate(piece.clusters)?;
+        self.stats.allocated_data += found.count;
+        let (host, space) = (found.at, found.space);
+        let target = Target { host, space, allocated: true, before };
+        self.write_new(id, target, self.cut(piece, found.count))
+    }
+
+    /// Does a write fill the subclusters that it touches, and no more of their cluster?
+    fn fills_units(&self, piece: Piece, before: Before) -> bool {
+        let geometry = self.geometry();
+        let guest = piece.cluster.0 << geometry.cluster_bits();
+        let whole = piece.within == 0 && u64::from(piece.bytes) >= geometry.cluster_size();
+        geometry.has_extended_l2()
+            && !whole
+            && before != Before::Content
+            && self.beneath(guest, geometry.cluster_size()) != 0
     }
 
     /// Guest data must never hit metadata, whatever the tables of the image say.
@@ -170,45 +244,79 @@ impl Engine {
         Err(Stop::Fail(IoErrorKind::Io))
     }
 
-    /// The payload of a piece, to `offset` of the file.
+    /// The payload of a piece, to `offset` of the file with guest data.
     fn emit_payload(&mut self, id: RequestId, piece: Piece, offset: u64) {
         let (tag, at, len) = (self.tag_of(id), piece.at, piece.bytes);
         let zeros = matches!(self.requests[id].request, Some(Request::WriteZeroes { .. }));
-        if !zeros {
-            self.emit(Owner::Request(id), OpKind::Write { tag, at, offset, len });
+        let kind = if !zeros {
+            OpKind::Write { tag, at, offset, len }
         } else {
             // Less than a cluster before and behind whole ones, or v2, cut by the caller.
-            self.emit(Owner::Request(id), OpKind::WriteZeros { offset, len });
-        }
+            OpKind::WriteZeros { offset, len }
+        };
+        self.emit_to(Owner::Request(id), self.data_file(), kind);
         self.requests[id].pos += piece.bytes;
     }
 
     fn write_in_place(&mut self, id: RequestId, host: HostCluster, piece: Piece) -> Step<()> {
         self.check_overlap(host, piece.clusters)?;
-        let offset = self.geometry().host_start(host).0 + piece.within;
+        let offset = self.decoder.data_start(host).0 + piece.within;
         self.emit_payload(id, piece, offset);
         Ok(())
     }
 
+    /// What is to be filled for a piece.
+    fn span(&self, piece: Piece, target: Target) -> Span {
+        let geometry = self.geometry();
+        // A cluster that was there before may hold other subclusters.
+        let units_only = geometry.has_extended_l2()
+            && target.before != Before::Content
+            && (!target.allocated || self.fills_units(piece, target.before));
+        if !units_only {
+            let end = piece.clusters << geometry.cluster_bits();
+            return Span { start: 0, end, units: geometry.all_units() };
+        }
+        let bits = geometry.unit_bits();
+        let first = piece.within >> bits;
+        let end = (piece.within + u64::from(piece.bytes)).div_ceil(1 << bits);
+        let below = |count: u64| u32::try_from((1_u64 << count) - 1).expect("at most 32 bits");
+        Span { start: first << bits, end: end << bits, units: below(end) & !below(first) }
+    }
+
     /// Fills clusters that no L2 entry shows as data: payload, and around it what was there before.
     fn write_new(&mut self, id: RequestId, target: Target, piece: Piece) -> Step<()> {
-        self.check_overlap(target.host, piece.clusters)?;
+        // With extended L2 entries, subclusters of one cluster or whole clusters.
         let geometry = self.geometry();
-        let start = geometry.host_start(target.host).0;
-        let whole = piece.clusters << geometry.cluster_bits();
+        let partial = piece.within != 0 || u64::from(piece.bytes) < geometry.cluster_size();
+        let whole = u64::from(piece.bytes) >> geometry.cluster_bits();
+        let piece = match geometry.has_extended_l2() && !target.allocated {
+            true if partial => self.cut(piece, 1),
+            true => self.cut(piece, whole),
+            false => piece,
+        };
+        self.ensure_table(piece.cluster)?;
+        self.check_overlap(target.host, piece.clusters)?;
+        let span = self.span(piece, target);
+        let start = self.decoder.data_start(target.host).0;
         let guest = piece.cluster.0 << geometry.cluster_bits();
         let behind = piece.within + u64::from(piece.bytes);
-        self.surround(id, target, guest, 0, piece.within);
-        self.surround(id, target, guest, behind, whole - behind);
+        self.surround(id, target, guest, span.start, piece.within - span.start);
+        self.surround(id, target, guest, behind, span.end - behind);
         self.emit_payload(id, piece, start + piece.within);
-        let beneath = if target.over_backing { self.beneath(guest, whole) } else { 0 };
+        let shines = match target.before {
+            Before::Zeros => false,
+            Before::Beneath => self.beneath(guest + span.start, span.end - span.start) != 0,
+            Before::Content => true,
+        };
+        let early = planted::is(Bug::MappingBeforeData)
+            || (geometry.has_extended_l2() && planted::is(Bug::SubclusterBeforeData));
         let segment = Segment {
             guest: piece.cluster,
             host: target.host,
             count: piece.clusters,
+            units: span.units,
             allocated: target.allocated,
-            unordered: (target.space == Space::Zero && beneath == 0)
-                || planted::is(Bug::MappingBeforeData),
+            unordered: (target.space == Space::Zero && !shines) || early,
         };
         if self.requests[id].segment_count == 0 {
             self.writers.push(id);
@@ -217,24 +325,29 @@ impl Engine {
         Ok(())
     }
 
-    /// Provides `len` bytes from byte `at` of a new run on: what lies beneath, or zeros.
+    /// Provides `len` bytes from byte `at` of a new run on: what the guest finds there, or zeros.
     fn surround(&mut self, id: RequestId, target: Target, guest: u64, at: u64, len: u64) {
         if planted::is(Bug::CopyWithoutTail) && at != 0 {
             return;
         }
-        let start = self.geometry().host_start(target.host).0;
-        let beneath = if target.over_backing { self.beneath(guest + at, len) } else { 0 };
+        let start = self.decoder.data_start(target.host).0;
+        let copied = match target.before {
+            Before::Zeros => 0,
+            Before::Beneath => self.beneath(guest + at, len),
+            Before::Content => len,
+        };
         // The last sector may reach over the end of what lies beneath, and reads as zeros there.
-        let beneath = beneath.next_multiple_of(self.options.alignment.into()).min(len);
-        if beneath != 0 {
-            self.copy_from_beneath(id, guest + at, start + at, beneath);
+        let copied = copied.next_multiple_of(self.options.alignment.into()).min(len);
+        if copied != 0 {
+            self.copy(For::Request(id, guest + at), start + at, copied);
         }
-        let zeros = len - beneath;
+        let zeros = len - copied;
         if zeros != 0 && target.space == Space::Stale {
             // Less than a cluster, so at most 2 MiB.
             let (offset, len) = (start + at + (len - zeros), u32::try_from(zeros));
             let len = len.expect("less than a cluster");
-            self.emit(Owner::Request(id), OpKind::WriteZeros { offset, len });
+            let kind = OpKind::WriteZeros { offset, len };
+            self.emit_to(Owner::Request(id), self.data_file(), kind);
         }
     }
 
@@ -300,9 +413,10 @@ impl Engine {
         let slot = self.l2_page_to_change(place)?;
         let count = segment.count.min(place.left);
         for step in 0..count {
-            let word = copied_word(self.geometry().host_start(segment.host.plus(step)));
             let index = place.index + usize::try_from(step).expect("within a page");
-            self.l2_cache.set_word(slot, index, word);
+            let before = self.l2_cache.entry(slot, index);
+            let entry = self.decoder.with_data(before, segment.host.plus(step), segment.units);
+            self.l2_cache.set_entry(slot, index, entry);
         }
         self.note_dirty();
         Ok(count)
@@ -321,7 +435,8 @@ impl Engine {
         let since = self.epochs.now();
         for step in 0..count {
             let guest = GuestCluster(segment.guest.0 + step);
-            self.overlay.insert(Entry { guest, host: segment.host.plus(step), since });
+            let entry = Entry::new(guest, segment.host.plus(step), segment.units, since);
+            self.overlay.insert(entry, |epoch| self.epochs.is_durable(epoch));
         }
         self.round.wanted |= self.overlay.is_crowded();
         self.note_dirty();
@@ -352,25 +467,37 @@ impl Engine {
 
     // ---- new L2 tables ----
 
-    /// Makes sure that there is an L2 table for a guest cluster.
+    /// Makes sure that there is an L2 table for a guest cluster, and that nobody else has it.
     pub(crate) fn ensure_table(&mut self, cluster: GuestCluster) -> Step<()> {
         let l1_index = self.l1_index(cluster);
-        if self.l1.get(l1_index) != Some(0) {
+        let old = self.l2_table(cluster);
+        if old.is_some_and(|table| table.copied) {
             return Ok(());
         }
         let mine = |table: &NewTable| table.l1_index == l1_index;
         let table = match self.new_tables.iter().copied().find(mine) {
             Some(table) => table,
-            None => self.begin_table(l1_index)?,
+            None => self.begin_table(l1_index, old.map(|table| table.at))?,
         };
         if table.state != TableState::Ready {
             return Err(Stop::Wait(Wait::Table(l1_index)));
         }
-        mark!("table.linked");
+        if !self.quarantine.has_room(1) {
+            self.round.wanted = true;
+            return Err(Stop::Wait(Wait::Quarantine));
+        }
         self.new_tables.retain(|table| !mine(table));
         self.l1.set(l1_index, copied_word(self.geometry().host_start(table.at)));
         self.metadata.insert(table.at.index());
         self.note_dirty();
+        if let Some(old) = table.copy_of {
+            mark!("table.copy_linked");
+            // From now on it is the snapshot's alone, which counts it.
+            self.metadata.remove(old.index());
+            self.quarantine_shared(old.index());
+            return Ok(());
+        }
+        mark!("table.linked");
         // The page that is needed first is zeros: it need not be read.
         let place = self.entry_place(Pointer { at: table.at, copied: true }, cluster);
         if self.l2_cache.lookup(place.page) == Lookup::Absent
@@ -381,19 +508,24 @@ impl Engine {
         Ok(())
     }
 
-    fn begin_table(&mut self, l1_index: u64) -> Step<NewTable> {
+    fn begin_table(&mut self, l1_index: u64, copy_of: Option<HostCluster>) -> Step<NewTable> {
         if !self.ops.has_room() {
             return Err(Stop::Wait(Wait::OpSlot));
         }
         let found = self.allocate(1)?;
         self.stats.allocated_metadata += 1;
         let zero = found.space == Space::Zero || planted::is(Bug::StaleTable);
-        let state = if zero { TableState::Ready } else { TableState::Zeroing };
-        let table = NewTable { l1_index, at: found.at, state };
+        let ready = zero && copy_of.is_none();
+        let state = if ready { TableState::Ready } else { TableState::Filling };
+        let table = NewTable { l1_index, at: found.at, state, copy_of };
         self.new_tables.push(table);
-        if !zero {
-            let offset = self.geometry().host_start(found.at).0;
-            let len = u32::try_from(self.geometry().cluster_size()).expect("at most 2 MiB");
+        let geometry = self.geometry();
+        let offset = geometry.host_start(found.at).0;
+        if let Some(old) = copy_of {
+            let who = For::Table(l1_index, geometry.host_start(old).0);
+            self.copy(who, offset, geometry.cluster_size());
+        } else if !zero {
+            let len = u32::try_from(geometry.cluster_size()).expect("at most 2 MiB");
             self.emit(Owner::NewTable(l1_index), OpKind::WriteZeros { offset, len });
         }
         Ok(table)
@@ -405,10 +537,12 @@ impl Engine {
         };
         match result {
             Ok(()) => {
-                mark!("table.zeroed_first");
+                mark!("table.filled_first");
                 let round = self.next_round();
-                self.new_tables[number].state = TableState::Zeroed(round);
-                if planted::is(Bug::NoSyncBeforeL1) {
+                let table = &mut self.new_tables[number];
+                table.state = TableState::Filled(round);
+                let early = planted::is(Bug::TableCopyLinkedEarly) && table.copy_of.is_some();
+                if planted::is(Bug::NoSyncBeforeL1) || early {
                     self.new_tables[number].state = TableState::Ready;
                     self.wake(|wait| matches!(wait, Wait::Table(_)));
                 }
@@ -422,10 +556,10 @@ impl Engine {
         }
     }
 
-    /// The first fdatasync of a round has returned: tables that were zeroed before may be linked.
+    /// The first fdatasync of a round has returned: tables that were filled before may be linked.
     pub(crate) fn tables_to_link(&mut self, round: u64) {
         for table in &mut self.new_tables {
-            if matches!(table.state, TableState::Zeroed(since) if since <= round) {
+            if matches!(table.state, TableState::Filled(since) if since <= round) {
                 table.state = TableState::Ready;
             }
         }

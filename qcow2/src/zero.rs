@@ -1,25 +1,34 @@
 //! Write zeroes and discard.
 //!
 //! Whole clusters change by their L2 entry alone; the host clusters that lose their last reference
-//! go into [quarantine](crate::quarantine). Parts of clusters are written with zeros, and left
-//! alone by a discard.
+//! go into [quarantine](crate::quarantine). With extended L2 entries, write zeroes does the same
+//! with whole subclusters. The rest is written with zeros, and left alone by a discard.
 //!
 //! | before, whole cluster | write zeroes, unmap | write zeroes, NOUNMAP | discard |
 //! | --- | --- | --- | --- |
 //! | reads as zeros, no host cluster | – | – | – |
 //! | zero, keeps a host cluster | released | – | released |
 //! | data | released | zero flag, keeps it | released |
+//! | data that a snapshot has, too; compressed | released | released | released |
 //! | unallocated over a backing file | zero flag | zero flag | zero flag |
 //!
-//! What is released becomes unallocated where nothing lies beneath, else a plain zero cluster.
+//! What is released becomes unallocated where nothing lies beneath, else a plain zero cluster. A
+//! host cluster that others count as well is not kept: a write could not go there.
 //! Version 2 has no zero flag: where one would be needed, write zeroes writes zeros, and a discard
 //! does nothing.
+//!
+//! In an external data file each guest cluster has its place for good. What is data there stays
+//! mapped: write zeroes writes zeros, and a discard punches a hole into the data file, whose order
+//! is that of any write.
 
 use crate::cache::SlotId;
 use crate::engine::Engine;
-use crate::entry::{Mapping, Pointer, copied_word, zero_word};
+use crate::entry::{L2Entry, Mapping, Pointer, Reference};
 use crate::error::{FailureKind, IoErrorKind};
 use crate::mark;
+use crate::op::OpKind;
+use crate::optable::Owner;
+use crate::options::Discards;
 use crate::planted::{self, Bug};
 use crate::request::{MAX_SEGMENTS, RequestId, Step, Stop, Wait};
 use crate::units::GuestCluster;
@@ -37,17 +46,36 @@ pub(crate) struct Zeroing {
 /// What becomes of one cluster.
 enum Change {
     Nothing,
-    Word {
-        word: u64,
-        release: Option<Pointer>,
-    },
+    Entry(L2Entry),
     /// It has to be written with zeros.
     Write(Mapping),
+    /// Its place in the data file is punched.
+    Punch,
+}
+
+/// What is known of a whole cluster.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// The mapping of its first unit.
+    mapping: Mapping,
+    /// Some of it is data.
+    data: bool,
+    /// Its host cluster, if it has one that may be kept.
+    owned: Option<Pointer>,
+    /// It counts something.
+    counts: bool,
+    /// All of it reads as zeros, whatever lies beneath.
+    zero: bool,
+    /// Nothing of it is mapped: it reads as what lies beneath.
+    unallocated: bool,
 }
 
 impl Engine {
     pub(crate) fn step_zero(&mut self, id: RequestId, how: Zeroing) -> Step<()> {
         let (offset, len) = self.requests[id].range();
+        if how.discard && self.options.discards == Discards::Ignore {
+            self.requests[id].pos = len;
+        }
         loop {
             if self.requests[id].pending == 0 && self.requests[id].segment_count != 0 {
                 self.settle_segments(id)?;
@@ -79,42 +107,92 @@ impl Engine {
         }
     }
 
-    /// A part of one cluster.
+    /// A part of one cluster: as much of it as is mapped in one way.
     fn zero_part(&mut self, id: RequestId, piece: Piece, how: Zeroing) -> Step<()> {
         if how.discard {
             self.requests[id].pos += piece.bytes;
             return Ok(());
         }
-        let mapping = self.resolve(piece.cluster, 1)?.mapping;
+        let (first, most) = self.units_of(piece);
+        let run = self.resolve(first, most)?;
+        let piece = self.cut_units(piece, run.units);
         let guest = (piece.cluster.0 << self.geometry().cluster_bits()) + piece.within;
-        let zero = match mapping {
+        let zero = match run.mapping {
             Mapping::Zero { .. } => true,
-            Mapping::Unallocated => self.beneath(guest, piece.bytes.into()) == 0,
-            Mapping::Data(_) | Mapping::Compressed => false,
+            Mapping::Unallocated { .. } => self.beneath(guest, piece.bytes.into()) == 0,
+            Mapping::Data(_) | Mapping::Compressed(_) => false,
         };
         if zero {
             self.requests[id].pos += piece.bytes;
             return Ok(());
         }
-        self.write_piece(id, piece, mapping)
+        let bits = self.geometry().unit_bits();
+        let before = piece.within & ((1 << bits) - 1);
+        let whole = u64::from(piece.bytes) >> bits;
+        let can = self.geometry().has_extended_l2()
+            && !self.decoder.data_file
+            && !matches!(run.mapping, Mapping::Compressed(_));
+        if can && before == 0 && whole != 0 {
+            return self.zero_units(id, self.cut_units(piece, whole), how);
+        }
+        if can && before + u64::from(piece.bytes) > 1 << bits && before != 0 {
+            // Up to where a whole subcluster begins.
+            return self.write_piece(id, self.cut_units(piece, 1), run.mapping);
+        }
+        self.write_piece(id, piece, run.mapping)
+    }
+
+    /// Whole subclusters of one cluster: by their bits alone.
+    fn zero_units(&mut self, id: RequestId, piece: Piece, how: Zeroing) -> Step<()> {
+        self.ensure_table(piece.cluster)?;
+        let table = self.l2_table(piece.cluster).expect("ensured");
+        let place = self.entry_place(table, piece.cluster);
+        let slot = self.l2_page_to_change(place)?;
+        if !self.quarantine.has_room(1) {
+            self.round.wanted = true;
+            return Err(Stop::Wait(Wait::Quarantine));
+        }
+        mark!("zero.subclusters");
+        let bits = self.geometry().unit_bits();
+        let (first, count) = (piece.within >> bits, u64::from(piece.bytes) >> bits);
+        let units = u32::try_from(((1_u64 << count) - 1) << first).expect("32 units");
+        let entry = self.l2_cache.entry(slot, place.index);
+        let bitmap = (entry.bitmap & !u64::from(units)) | u64::from(units) << 32;
+        let pending = self.overlay.get(piece.cluster);
+        let left = pending.map_or(0, |known| known.units() & !units);
+        let word = match pending {
+            _ if bitmap << 32 == 0 && left == 0 && how.unmap => 0,
+            Some(known) if left == 0 => self.decoder.data_word(known.host),
+            _ => entry.word,
+        };
+        self.replace_entry(piece.cluster, slot, place.index, (L2Entry { word, bitmap }, units));
+        self.requests[id].pos += piece.bytes;
+        Ok(())
     }
 
     /// Whole clusters, as many of them as one L2 page describes.
     fn zero_clusters(&mut self, id: RequestId, piece: Piece, how: Zeroing) -> Step<()> {
         let bits = self.geometry().cluster_bits();
-        let Some(table) = self.l2_table(piece.cluster) else {
-            let entries = self.geometry().l2_entries();
-            let clusters = piece.clusters.min(entries - (piece.cluster.0 & (entries - 1)));
-            let beneath = self.beneath(piece.cluster.0 << bits, clusters << bits);
-            if beneath == 0 || (how.discard && !self.has_zero_flag()) {
-                self.requests[id].pos += self.cut(piece, clusters).bytes;
+        let table = match self.l2_table(piece.cluster) {
+            Some(table) if table.copied => table,
+            Some(_) => {
+                // It is ours then, or the request has to wait.
+                self.ensure_table(piece.cluster)?;
                 return Ok(());
             }
-            if !self.has_zero_flag() {
-                return self.write_piece(id, self.cut(piece, 1), Mapping::Unallocated);
+            None => {
+                let entries = self.geometry().l2_entries();
+                let clusters = piece.clusters.min(entries - (piece.cluster.0 & (entries - 1)));
+                let beneath = self.beneath(piece.cluster.0 << bits, clusters << bits);
+                if beneath == 0 || (how.discard && !self.has_zero_flag()) {
+                    self.requests[id].pos += self.cut(piece, clusters).bytes;
+                    return Ok(());
+                }
+                if !self.has_zero_flag() {
+                    return self.write_piece(id, self.cut(piece, 1), Mapping::NOTHING);
+                }
+                return self.ensure_table(piece.cluster);
             }
-            // It is there now, or the request has to wait.
-            return self.ensure_table(piece.cluster);
         };
         let place = self.entry_place(table, piece.cluster);
         let slot = self.l2_page_to_change(place)?;
@@ -123,24 +201,32 @@ impl Engine {
             let index = place.index + usize::try_from(step).expect("within a page");
             let one = Piece { cluster, at: self.requests[id].pos, ..piece };
             let one = self.cut(Piece { bytes: piece.bytes - (one.at - piece.at), ..one }, 1);
-            let Ok(mapping) = self.mapping(cluster, slot, index) else {
+            let Some(known) = self.known(cluster, slot, index) else {
                 self.incident(FailureKind::BadEntry, place.page << self.geometry().page_bits());
                 return Err(Stop::Fail(IoErrorKind::Io));
             };
-            match self.change_of(cluster, mapping, how)? {
+            match self.change_of(cluster, known, how)? {
                 Change::Nothing => {}
-                Change::Word { word, release } => {
-                    if !self.quarantine.has_room(1) {
+                Change::Entry(entry) => {
+                    if !self.quarantine.has_room(2) {
                         self.round.wanted = true;
                         return Err(Stop::Wait(Wait::Quarantine));
                     }
-                    self.change_entry(cluster, slot, index, word);
-                    if let Some(pointer) = release {
-                        mark!("zero.released");
-                        self.quarantine(pointer.at, 1);
-                    }
+                    let all = self.geometry().all_units();
+                    self.replace_entry(cluster, slot, index, (entry, all));
+                }
+                Change::Write(_) if self.geometry().has_extended_l2() => {
+                    return self.zero_part(id, one, how);
                 }
                 Change::Write(mapping) => return self.write_piece(id, one, mapping),
+                Change::Punch => {
+                    mark!("zero.punched_data_file");
+                    let (offset, len) = (cluster.0 << bits, 1 << bits);
+                    let kind = OpKind::Punch { offset, len };
+                    self.emit_to(Owner::Request(id), self.data_file(), kind);
+                    self.requests[id].pos += one.bytes;
+                    return Ok(());
+                }
             }
             self.requests[id].pos += one.bytes;
         }
@@ -154,44 +240,98 @@ impl Engine {
         self.decoder.version >= 3
     }
 
-    /// What becomes of one whole cluster that is mapped like this.
-    fn change_of(&mut self, cluster: GuestCluster, mapping: Mapping, how: Zeroing) -> Step<Change> {
-        let bits = self.geometry().cluster_bits();
-        let beneath = self.beneath(cluster.0 << bits, 1 << bits) != 0;
-        let pointer = match mapping {
-            Mapping::Zero { keeps: None } => return Ok(Change::Nothing),
-            Mapping::Unallocated if !beneath => return Ok(Change::Nothing),
-            Mapping::Zero { keeps: Some(_) } if !how.unmap => return Ok(Change::Nothing),
-            Mapping::Unallocated => None,
-            Mapping::Zero { keeps } => keeps,
-            Mapping::Data(pointer) => Some(pointer),
-            Mapping::Compressed => {
-                self.incident(FailureKind::Compressed, 0);
-                return Err(Stop::Fail(IoErrorKind::Io));
-            }
+    fn known(&self, cluster: GuestCluster, slot: SlotId, index: usize) -> Option<Known> {
+        let entry = self.l2_cache.entry(slot, index);
+        let mapping = self.mapping(cluster, 0, entry, true).ok()?;
+        let reference = self.decoder.reference(entry, cluster);
+        let overlay = self.overlay.get(cluster);
+        let owned = match (overlay, reference) {
+            (Some(entry), _) => Some(Pointer { at: entry.host, copied: true }),
+            (None, Reference::Cluster(pointer)) => Some(pointer).filter(|p| p.copied),
+            _ => None,
         };
-        if let Some(pointer) = pointer {
-            self.check_copied(pointer)?;
-            self.check_overlap(pointer.at, 1)?;
-        }
-        let keep = pointer.filter(|_| !how.unmap);
-        let needs_flag = beneath || keep.is_some();
-        if needs_flag && !self.has_zero_flag() {
-            return Ok(if how.discard { Change::Nothing } else { Change::Write(mapping) });
-        }
-        let word = match keep {
-            Some(pointer) => zero_word(copied_word(self.geometry().host_start(pointer.at))),
-            None if beneath && !planted::is(Bug::DiscardShowsBeneath) => zero_word(0),
-            None => 0,
-        };
-        Ok(Change::Word { word, release: pointer.filter(|_| how.unmap) })
+        let extended = self.geometry().has_extended_l2();
+        let zero_bits = entry.bitmap >> 32 == u32::MAX.into();
+        let any_bits = entry.bitmap != 0;
+        let data_bits = entry.bitmap << 32 != 0;
+        let compressed = matches!(mapping, Mapping::Compressed(_));
+        Some(Known {
+            mapping,
+            data: if extended { data_bits } else { matches!(mapping, Mapping::Data(_)) },
+            owned,
+            counts: overlay.is_some() || reference != Reference::Nothing,
+            zero: overlay.is_none()
+                && if extended { zero_bits } else { matches!(mapping, Mapping::Zero { .. }) },
+            unallocated: overlay.is_none()
+                && !compressed
+                && if extended {
+                    !any_bits
+                } else {
+                    matches!(mapping, Mapping::Unallocated { .. })
+                },
+        })
     }
 
-    fn change_entry(&mut self, cluster: GuestCluster, slot: SlotId, index: usize, word: u64) {
-        if self.overlay.remove(cluster).is_some() {
+    /// What becomes of one whole cluster.
+    fn change_of(&mut self, cluster: GuestCluster, known: Known, how: Zeroing) -> Step<Change> {
+        let bits = self.geometry().cluster_bits();
+        let beneath = self.beneath(cluster.0 << bits, 1 << bits) != 0;
+        let zero = known.zero || (known.unallocated && !beneath);
+        let unmap = if how.discard { self.options.discards == Discards::Unmap } else { how.unmap };
+        if zero && !(unmap && known.counts) {
+            return Ok(Change::Nothing);
+        }
+        if self.decoder.data_file && (known.data || self.overlay.get(cluster).is_some()) {
+            return Ok(if how.discard { Change::Punch } else { Change::Write(known.mapping) });
+        }
+        if let Some(pointer) = known.owned.filter(|_| !self.decoder.data_file) {
+            self.check_overlap(pointer.at, 1)?;
+        }
+        let keep = known.owned.filter(|_| !unmap);
+        let needs_flag = beneath || keep.is_some();
+        if needs_flag && !self.has_zero_flag() {
+            return Ok(if how.discard { Change::Nothing } else { Change::Write(known.mapping) });
+        }
+        Ok(Change::Entry(match keep {
+            Some(pointer) => self.decoder.zero_entry(self.decoder.data_word(pointer.at)),
+            None if beneath && !planted::is(Bug::DiscardShowsBeneath) => self.decoder.zero_entry(0),
+            None => L2Entry::default(),
+        }))
+    }
+
+    /// Changes an entry, for these units of it: what it and the overlay referred to, and nothing
+    /// does now, is given back. The caller has asked for room in quarantine.
+    fn replace_entry(
+        &mut self,
+        cluster: GuestCluster,
+        slot: SlotId,
+        index: usize,
+        (entry, units): (L2Entry, u32),
+    ) {
+        let old = self.decoder.reference(self.l2_cache.entry(slot, index), cluster);
+        let pending = self.overlay.get(cluster);
+        if pending.is_some_and(|pending| pending.units() & units != 0) {
             self.fold_replaced();
         }
-        self.l2_cache.set_word(slot, index, word);
+        let empty = pending.is_some() && self.overlay.remove_units(cluster, units);
+        self.l2_cache.set_entry(slot, index, entry);
         self.note_dirty();
+        let place = |reference: Reference| match reference {
+            Reference::Cluster(pointer) => Some(pointer.at),
+            _ => None,
+        };
+        let now = place(self.decoder.reference(entry, cluster));
+        if old != Reference::Nothing && (now.is_none() || place(old) != now) {
+            mark!("zero.released");
+            self.quarantine_reference(old);
+        }
+        // A host cluster that only the overlay knew.
+        if let Some(pending) = pending.filter(|_| empty)
+            && Some(pending.host) != place(old)
+            && Some(pending.host) != now
+        {
+            mark!("zero.released_pending");
+            self.quarantine(pending.host, 1);
+        }
     }
 }

@@ -46,26 +46,57 @@ fn a_plain_header_is_taken() {
 #[test]
 fn every_feature_that_is_not_served_is_named_with_its_field() {
     type Case = (&'static str, &'static str, fn(&mut Vec<u8>));
-    let cases: [Case; 13] = [
+    let cases: [Case; 5] = [
         ("AES", "crypt_method", |b| BigEndian::write_u32(&mut b[32..], 1)),
         ("LUKS", "crypt_method", |b| BigEndian::write_u32(&mut b[32..], 2)),
-        ("snapshots", "nb_snapshots", |b| BigEndian::write_u32(&mut b[60..], 1)),
         ("dirty", "incompatible_features", |b| b[79] = 1),
         ("corrupt", "incompatible_features", |b| b[79] = 2),
-        ("data file", "incompatible_features", |b| b[79] = 4),
-        ("compression", "incompatible_features", |b| b[79] = 8),
-        ("extended L2", "incompatible_features", |b| b[79] = 16),
         ("bit 5", "incompatible_features", |b| b[79] = 32),
-        ("bitmaps", "autoclear_features", |b| b[95] = 1),
-        ("raw external", "autoclear_features", |b| b[95] = 2),
-        ("bit 2", "autoclear_features", |b| b[95] = 4),
-        ("refcount width", "refcount_order", |b| BigEndian::write_u32(&mut b[96..], 3)),
     ];
     for (name, field, change) in cases {
         let (kind, text) = refused(change);
         assert_eq!(kind, OpenErrorKind::Unsupported, "{name}: {text}");
         assert!(text.contains(name) && text.contains(field), "{name}, {field}: {text}");
     }
+}
+
+#[test]
+fn features_that_are_served_are_understood() {
+    let parse = |change: fn(&mut Vec<u8>)| {
+        let mut bytes = plain();
+        change(&mut bytes);
+        Header::parse(&bytes, LEN, false).unwrap()
+    };
+    assert!(parse(|b| (b[79], b[39]) = (16, 4)).geometry().has_extended_l2());
+    assert_eq!(parse(|b| b[99] = 0).geometry().refcount_width(), 1);
+    assert_eq!(parse(|b| b[99] = 6).geometry().refcount_width(), 64);
+    let zstd = parse(|b| (b[79], b[104]) = (8, 1));
+    assert_eq!(zstd.compression(), Compression::Zstd);
+    let raw = parse(|b| (b[79], b[95]) = (4, 2));
+    assert_eq!(raw.data_file(), Some(&DataFile { name: None, raw: true }));
+    // Cluster 2, 64 KiB each.
+    let snapshots = parse(|b| (b[63], b[69]) = (3, 2));
+    assert_eq!(snapshots.snapshots(), Some(Directory { offset: 2 << 16, entries: 3 }));
+}
+
+#[test]
+fn images_for_reading_only_may_be_dirty_or_corrupt() {
+    let mut bytes = plain();
+    bytes[79] = 3;
+    let header = Header::parse(&bytes, LEN, true).unwrap();
+    assert!(header.is_dirty() && header.is_corrupt());
+}
+
+#[test]
+fn unknown_autoclear_bits_are_cleared_before_anything_is_written() {
+    let mut bytes = plain();
+    (bytes[88], bytes[95]) = (0x80, 5);
+    let header = Header::parse(&bytes, LEN, false).unwrap();
+    assert!(header.rewrite);
+    assert_eq!(header.first_bytes(512)[88..96], [0, 0, 0, 0, 0, 0, 0, 1]);
+    let header = Header::parse(&bytes, LEN, true).unwrap();
+    assert!(!header.rewrite);
+    assert_eq!(header.first_bytes(512)[88..96], bytes[88..96]);
 }
 
 #[test]

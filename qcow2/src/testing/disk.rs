@@ -306,11 +306,18 @@ impl Disk {
                 self.reading.push(Reading { op, first, count, guest: submitted.guest });
                 None
             }
+            OpKind::Inflate { source, .. } | OpKind::CopyInflate { source, .. } => {
+                let first = size(source.offset / SECTOR as u64);
+                let end = source.offset + u64::from(source.len);
+                let count = size(end.div_ceil(SECTOR as u64)) - first;
+                self.reading.push(Reading { op, first, count, guest: submitted.guest });
+                None
+            }
             OpKind::Sync => {
                 self.syncs.push((op, self.completions));
                 None
             }
-            OpKind::Punch { .. } | OpKind::Fill { .. } => None,
+            OpKind::Punch { .. } | OpKind::Fill { .. } | OpKind::CopyFill { .. } => None,
         };
         if let Some(what) = what {
             self.push(Some(op), what, structure);

@@ -346,8 +346,7 @@ impl Explorer<'_> {
         let summary = self.judge.judge(state, &self.demand)?;
         if self.opened.insert(mix(summary.top, cut.len)) {
             let disk = Disk::of_sectors(cut.sectors.to_vec(), cut.len, run.world.disk.pool());
-            let backing = run.world.backing.as_ref().map(|bytes| bytes.len() as u64);
-            open_image(&disk, backing, false)
+            open_image(&disk, &run.world.beneath, run.world.data.as_deref(), false)
                 .map_err(|error| format!("the image does not open: {error}"))?;
         }
         let dice = mix(key, 0xd1ce);
@@ -392,8 +391,8 @@ impl Explorer<'_> {
         self.shared.reopened.fetch_add(1, Ordering::Relaxed);
         let path = path.after(run.steps, index);
         let disk = Disk::of_sectors(sectors, len, pool);
-        let backing = run.world.backing.clone();
-        match Run::on(&run.workload, path.seed, (disk, backing), &content, leaks) {
+        let beneath = run.world.beneath.clone();
+        match Run::on(&run.workload, path.seed, (disk, beneath), &content, leaks) {
             Ok(run) => self.run(run, &path, depth + 1),
             Err(what) => Err(Violation { what, replay: path.at(0), trace: Vec::new() }),
         }

@@ -48,6 +48,25 @@ pub struct Made {
     pub content: Vec<SectorId>,
 }
 
+/// Inflates a deflate stream of stored blocks only (RFC 1951, 3.2.4), to exactly `len` bytes.
+#[must_use]
+pub fn inflate_stored(mut bytes: &[u8], len: usize) -> Option<Vec<u8>> {
+    let mut out = Vec::new();
+    loop {
+        let (&head, rest) = bytes.split_first()?;
+        let count = usize::from(u16::from_le_bytes([*rest.first()?, *rest.get(1)?]));
+        let inverse = u16::from_le_bytes([*rest.get(2)?, *rest.get(3)?]);
+        if head & 6 != 0 || usize::from(!inverse) != count {
+            return None;
+        }
+        out.extend_from_slice(rest.get(4..4 + count)?);
+        bytes = &rest[4 + count..];
+        if head & 1 != 0 {
+            return (out.len() == len).then_some(out);
+        }
+    }
+}
+
 /// The number of the write that made what lies beneath, and what was there at first.
 const BENEATH: u64 = 1 << 40;
 const AT_FIRST: u64 = 1 << 41;

@@ -80,6 +80,9 @@ impl Submitted {
             self.kind,
             OpKind::Read { .. }
                 | OpKind::CopyRead { .. }
+                | OpKind::Inflate { .. }
+                | OpKind::CopyInflate { .. }
+                | OpKind::CopyFill { .. }
                 | OpKind::MetaRead { .. }
                 | OpKind::Fill { .. }
         )

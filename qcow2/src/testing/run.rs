@@ -14,7 +14,7 @@ use crate::testing::judge::{Judge, State};
 use crate::testing::pool::{SECTOR, SectorId, SharedPool};
 use crate::testing::prng::Prng;
 use crate::testing::workload::Workload;
-use crate::testing::world::World;
+use crate::testing::world::{Beneath, World};
 
 /// Where the image is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,8 +83,9 @@ impl Run {
     /// If the image does not open.
     pub fn new(workload: &Workload, seed: u64, pool: &SharedPool) -> Told<Self> {
         let made = workload.image.make(&mut pool.borrow_mut());
+        let beneath = made.backing.map(Beneath::raw).into_iter().collect();
         let disk = Disk::sharing(&made.bytes, pool);
-        Self::on(workload, seed, (disk, made.backing), &made.content, 0)
+        Self::on(workload, seed, (disk, beneath), &made.content, 0)
     }
 
     /// Begins on a disk and the file beneath it, in which the guest finds `content`.
@@ -94,14 +95,14 @@ impl Run {
     pub fn on(
         workload: &Workload,
         seed: u64,
-        (mut disk, backing): (Disk, Option<Rc<[u8]>>),
+        (mut disk, files): (Disk, Vec<Beneath>),
         content: &[SectorId],
         leaks: u64,
     ) -> Told<Self> {
         disk.watch();
         let pool = SharedPool::clone(disk.pool());
-        let beneath = sectors_of(backing.as_deref(), &pool);
-        let mut world = World::open_shared(disk, backing, &workload.options)
+        let beneath = sectors_of(files.first().map(|file| &*file.bytes), &pool);
+        let mut world = World::open_on(disk, files, None, &workload.options)
             .map_err(|error| format!("the image does not open: {error}"))?;
         world.plain = !workload.punch;
         let mut run = Self {
@@ -451,8 +452,8 @@ impl Run {
     fn reopen(&mut self, disk: Disk) -> Told<()> {
         let mut disk = disk;
         disk.watch();
-        let backing = self.world.backing.take();
-        self.world = World::open_shared(disk, backing, &self.workload.options)
+        let beneath = core::mem::take(&mut self.world.beneath);
+        self.world = World::open_on(disk, beneath, None, &self.workload.options)
             .map_err(|error| format!("the image does not open again: {error}"))?;
         self.world.plain = !self.workload.punch;
         self.stage = Stage::Opening;

@@ -8,11 +8,13 @@ use crate::engine::Engine;
 use crate::error::{IoErrorKind, OpenError};
 use crate::header::Header;
 use crate::image::Image;
-use crate::op::{COPY_BUFFER, FileId, Op, OpKind, Outcome, Reply, Request};
+use crate::layer::Layer;
+use crate::op::{COPY_BUFFER, Compressed, FileId, Op, OpKind, Outcome, Reply, Request};
 use crate::options::Options;
 use crate::report::Health;
 use crate::testing::disk::Disk;
 use crate::testing::guest::Guest;
+use crate::testing::image::inflate_stored;
 use crate::testing::pool::{SECTOR, SectorId};
 use crate::testing::rules::{Broken, Submitted};
 use crate::testing::size;
@@ -24,8 +26,10 @@ pub struct World {
     pub engine: Engine,
     /// What it is served from.
     pub disk: Disk,
-    /// The bytes of what lies beneath.
-    pub backing: Option<Rc<[u8]>>,
+    /// What lies beneath, from the top.
+    pub beneath: Vec<Beneath>,
+    /// The external data file. Writes to it are carried out when they complete, and stay.
+    pub data: Option<Vec<u8>>,
     /// Operations that were handed out and have not completed, in the order of submission.
     pub in_flight: Vec<Op>,
     /// The buffer of each tag.
@@ -46,13 +50,51 @@ pub struct World {
     places: Vec<u64>,
 }
 
+/// A file beneath an image.
+#[derive(Clone, Debug)]
+pub struct Beneath {
+    /// Its bytes.
+    pub bytes: Rc<[u8]>,
+    /// It is a qcow2 image, not a raw file.
+    pub qcow2: bool,
+    /// Its external data file.
+    pub data: Option<Rc<[u8]>>,
+}
+
+impl Beneath {
+    /// A raw file.
+    #[must_use]
+    pub fn raw(bytes: Rc<[u8]>) -> Self {
+        Self { bytes, qcow2: false, data: None }
+    }
+
+    fn layer(&self) -> Result<Layer, OpenError> {
+        let len = self.bytes.len() as u64;
+        if !self.qcow2 {
+            return Ok(Layer::raw(len));
+        }
+        let read = |offset: u64, len: usize| part_of(&self.bytes, offset, len).to_vec();
+        let needed = Header::needed(&read(0, SECTOR))?;
+        let header = Header::parse(&read(0, needed), len, true)?;
+        let l1 = read(header.l1_extent().offset, size(header.l1_extent().len));
+        Layer::qcow2(&header, &l1, len, self.data.as_ref().map(|data| data.len() as u64))
+    }
+}
+
+/// As much as there is of `len` bytes at `offset`.
+fn part_of(bytes: &[u8], offset: u64, len: usize) -> &[u8] {
+    let rest = bytes.get(size(offset)..).unwrap_or_default();
+    &rest[..len.min(rest.len())]
+}
+
 /// Opens an image: the one place that knows how much of it is read.
 ///
 /// # Errors
 /// See [`Header::parse`] and [`Image::new`].
 pub fn open_image(
     disk: &Disk,
-    backing_len: Option<u64>,
+    beneath: &[Beneath],
+    data: Option<&[u8]>,
     read_only: bool,
 ) -> Result<Image, OpenError> {
     let read = |offset: u64, len: usize| {
@@ -65,10 +107,12 @@ pub fn open_image(
     let header = Header::parse(&read(0, needed), disk.len(), read_only)?;
     let part = |extent: crate::Extent| read(extent.offset, size(extent.len));
     let (l1, refcounts) = (part(header.l1_extent()), part(header.refcount_table_extent()));
-    match backing_len {
-        None => Image::new(header, &l1, &refcounts, disk.len()),
-        Some(len) => Image::with_backing(header, &l1, &refcounts, disk.len(), len),
-    }
+    let layers = beneath.iter().map(Beneath::layer).collect::<Result<_, _>>()?;
+    let image = Image::new(header, &l1, &refcounts, disk.len())?.with_layers(layers)?;
+    Ok(match data {
+        Some(data) => image.with_data_file(data.len() as u64),
+        None => image,
+    })
 }
 
 impl World {
@@ -89,27 +133,29 @@ impl World {
         backing: Option<Vec<u8>>,
         options: &Options,
     ) -> Result<Self, OpenError> {
-        Self::open_shared(disk, backing.map(Rc::from), options)
+        let beneath = backing.map(|bytes| Beneath::raw(Rc::from(bytes)));
+        Self::open_on(disk, beneath.into_iter().collect(), None, options)
     }
 
-    /// The same, with one copy for all that it lies beneath.
+    /// The same above any files, with an external data file.
     ///
     /// # Errors
     /// As [`World::open`].
-    pub fn open_shared(
+    pub fn open_on(
         disk: Disk,
-        backing: Option<Rc<[u8]>>,
+        beneath: Vec<Beneath>,
+        data: Option<Vec<u8>>,
         options: &Options,
     ) -> Result<Self, OpenError> {
-        let backing_len = backing.as_ref().map(|bytes| bytes.len() as u64);
-        let image = open_image(&disk, backing_len, options.read_only)?;
+        let image = open_image(&disk, &beneath, data.as_deref(), options.read_only)?;
         let engine = Engine::new(image, options)?;
         let depth = usize::from(options.depth);
         let copies = vec![vec![0xbb; COPY_BUFFER as usize]; engine.copy_buffers()];
         Ok(Self {
             engine,
             disk,
-            backing,
+            beneath,
+            data,
             in_flight: Vec::new(),
             buffers: vec![Vec::new(); depth],
             copies,
@@ -247,21 +293,48 @@ impl World {
                 let mut buffer = core::mem::take(&mut self.buffers[usize::from(tag)]);
                 let have = self.read(op, offset, &mut buffer[at as usize..(at + want) as usize]);
                 self.buffers[usize::from(tag)] = buffer;
-                self.disk.complete(op.id, 0);
+                self.finish_read(op);
                 outcome(have, len)
             }
-            OpKind::CopyRead { buffer, offset, len } => {
+            OpKind::CopyRead { buffer, at, offset, len } => {
                 let number = usize::from(buffer);
-                let mut bytes = core::mem::take(&mut self.copies[number]);
+                let mut whole = core::mem::take(&mut self.copies[number]);
+                let bytes = &mut whole[at as usize..];
                 let want = len.min(most);
                 let have = self.read(op, offset, &mut bytes[..want as usize]);
                 // Bytes past the end count as zeros.
                 if want == len {
                     bytes[have as usize..len as usize].fill(0);
                 }
-                self.copies[number] = bytes;
-                self.disk.complete(op.id, 0);
+                self.copies[number] = whole;
+                self.finish_read(op);
                 outcome(want, len)
+            }
+            OpKind::Inflate { tag, at, source, from, len } => {
+                let Some(bytes) = self.inflate(op, source) else {
+                    self.finish_read(op);
+                    return Outcome::Error(IoErrorKind::Io);
+                };
+                let part = &bytes[from as usize..(from + len) as usize];
+                self.buffers[usize::from(tag)][at as usize..(at + len) as usize]
+                    .copy_from_slice(part);
+                self.finish_read(op);
+                Outcome::Done
+            }
+            OpKind::CopyInflate { buffer, at, source, from, len } => {
+                let Some(bytes) = self.inflate(op, source) else {
+                    self.finish_read(op);
+                    return Outcome::Error(IoErrorKind::Io);
+                };
+                let part = &bytes[from as usize..(from + len) as usize];
+                self.copies[usize::from(buffer)][at as usize..(at + len) as usize]
+                    .copy_from_slice(part);
+                self.finish_read(op);
+                Outcome::Done
+            }
+            OpKind::CopyFill { buffer, at, len } => {
+                self.copies[usize::from(buffer)][at as usize..(at + len) as usize].fill(0);
+                Outcome::Done
             }
             OpKind::Fill { tag, at, len } => {
                 self.buffers[usize::from(tag)][at as usize..(at + len) as usize].fill(0);
@@ -272,16 +345,21 @@ impl World {
             | OpKind::CopyWrite { len, .. }
             | OpKind::MetaWrite { len, .. } => {
                 let done = len.min(most);
-                self.disk.complete(op.id, done.into());
+                if op.file == FileId::Data {
+                    self.write_data(op, done);
+                } else {
+                    self.disk.complete(op.id, done.into());
+                }
                 outcome(done, len)
             }
             OpKind::MetaRead { offset, len } => {
                 let mut bytes = vec![0; len as usize];
-                self.disk.read(offset, &mut bytes);
+                self.read(op, offset, &mut bytes);
                 self.engine.fill_staging(op.id, &bytes);
-                self.disk.complete(op.id, 0);
+                self.finish_read(op);
                 Outcome::Done
             }
+            OpKind::Sync | OpKind::Punch { .. } if op.file == FileId::Data => Outcome::Done,
             OpKind::Sync => {
                 self.disk.complete_sync(op.id);
                 Outcome::Done
@@ -304,19 +382,52 @@ impl World {
         }
     }
 
+    fn finish_read(&mut self, op: Op) {
+        if op.file == FileId::Image {
+            self.disk.complete(op.id, 0);
+        }
+    }
+
+    /// Writes to the external data file.
+    fn write_data(&mut self, op: Op, done: u32) {
+        let (offset, bytes) = match op.kind {
+            OpKind::Write { tag, at, offset, .. } => {
+                (offset, self.buffers[usize::from(tag)][at as usize..][..done as usize].to_vec())
+            }
+            OpKind::CopyWrite { buffer, offset, .. } => {
+                (offset, self.copies[usize::from(buffer)][..done as usize].to_vec())
+            }
+            OpKind::WriteZeros { offset, .. } => (offset, vec![0; done as usize]),
+            other => unreachable!("{other:?} to the data file"),
+        };
+        let data = self.data.as_mut().expect("an external data file");
+        let end = size(offset) + bytes.len();
+        data.resize(data.len().max(end), 0);
+        data[size(offset)..end].copy_from_slice(&bytes);
+    }
+
+    /// Inflates a cluster whose deflate stream is stored blocks, as the tests make them.
+    fn inflate(&self, op: Op, source: Compressed) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; source.len as usize];
+        self.read(op, source.offset, &mut bytes);
+        inflate_stored(&bytes, 1 << source.cluster_bits)
+    }
+
     /// Reads from the image or from what lies beneath; returns how much there was.
     fn read(&self, op: Op, offset: u64, out: &mut [u8]) -> u32 {
-        let have = match op.file {
-            FileId::Image => self.disk.read(offset, out),
-            FileId::Backing => {
-                let beneath = self.backing.as_deref().unwrap_or_default();
-                let rest = beneath.get(size(offset)..).unwrap_or_default();
-                let have = rest.len().min(out.len());
-                out[..have].copy_from_slice(&rest[..have]);
-                have
+        let layer = |number: u8| &self.beneath[usize::from(number)];
+        let from = match op.file {
+            FileId::Image => {
+                let have = self.disk.read(offset, out);
+                return u32::try_from(have).expect("at most the length");
             }
+            FileId::Data => self.data.as_deref().unwrap_or_default(),
+            FileId::Backing(number) => &layer(number).bytes,
+            FileId::BackingData(number) => layer(number).data.as_deref().unwrap_or_default(),
         };
-        u32::try_from(have).expect("at most the length")
+        let part = part_of(from, offset, out.len());
+        out[..part.len()].copy_from_slice(part);
+        u32::try_from(part.len()).expect("at most the length")
     }
 
     /// What the buffer of a tag holds, in sectors.

@@ -101,8 +101,8 @@ fn follow(text: &str, trace: &mut Vec<String>) -> Result<(), String> {
         run.demand(&mut demand);
         qemu::judge((&sectors, len), &run.beneath, &demand, &pool)?;
         let disk = Disk::of_sectors(sectors, len, &pool);
-        let backing = run.world.backing.clone();
-        run = Run::on(&workload, path.seed, (disk, backing), &content, leaks)?;
+        let beneath = run.world.beneath.clone();
+        run = Run::on(&workload, path.seed, (disk, beneath), &content, leaks)?;
     }
     Ok(())
 }
