@@ -31,6 +31,15 @@
 //! updates). Preparing things early makes most of that order free: a FLUSH costs one fdatasync,
 //! or two. The argument is at the head of [`flush`].
 //!
+//! # What is mapped, and where bytes come from
+//!
+//! A **unit** is what has a mapping of its own: a cluster, or with extended L2 entries a subcluster
+//! ([`units::GuestUnit`]). The on-disk words become an exhaustive [`entry::Mapping`] once, and
+//! [`read`] cuts it into runs. Readers and copy-on-write ask the same question,
+//! `Engine::locate`: it goes through overlay, L2 page and the layers beneath, and answers with
+//! zeros, a place in a file, or a compressed cluster. So a write that replaces a cluster (compressed,
+//! or shared with a snapshot) copies what the guest finds there, wherever that is.
+//!
 //! # What always holds
 //!
 //! - **This crate knows no file descriptor, clock, thread or randomness**; it is `no_std` and has
@@ -48,13 +57,14 @@
 //! | --- | --- |
 //! | [`units`], [`geometry`] | offsets and clusters as types; the constants of an image |
 //! | [`header`], [`entry`] | on-disk words and what they mean; what is refused, by name |
-//! | [`image`] | a checked image, ready for the engine |
+//! | [`image`], [`layer`], [`snapshot`] | a checked image, what lies beneath it, its snapshots |
 //! | [`table`], [`cache`], [`metaset`] | L1 and refcount table; L2 and refcount pages; overlaps |
-//! | [`engine`], [`report`] | events, actions, waiting, waking, failure, closing; counters |
+//! | [`engine`], [`life`], [`report`] | events, actions, waiting, waking; failure, closing; counters |
 //! | [`progress`], [`pages`] | operations and their completion; reading pages of tables |
 //! | [`request`], [`optable`], [`op`] | requests, operations under way, what crosses the border |
 //! | [`read`], [`write`], [`zero`], [`copy`] | the steps of each kind of request; copy-on-write |
-//! | [`allocator`], [`quarantine`] | the reservation of free clusters; the way back to being free |
+//! | [`allocator`], [`refblock`] | the reservation of free clusters; new refcount blocks |
+//! | [`quarantine`] | from the last reference to being free |
 //! | [`epoch`], [`overlay`] | what an fdatasync covers; mappings whose data it does not yet |
 //! | [`flush`], [`grow`] | rounds, and moving the refcount table |
 //! | [`options`], [`error`] | options from the command line; what goes wrong |
