@@ -364,6 +364,11 @@ impl Engine {
         let first = self.allocator.next_fresh;
         let (page, index) = match self.refcount_place(first) {
             RefcountPlace::Page(page, index) => (page, index),
+            RefcountPlace::NoBlock if self.metadata.contains(first) => {
+                // On a block device, a table that nothing counts.
+                self.allocator.next_fresh += 1;
+                return true;
+            }
             RefcountPlace::NoBlock => return self.new_refcount_block(first),
             RefcountPlace::NoTable => {
                 self.allocator.must_grow = true;

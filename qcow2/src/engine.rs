@@ -532,7 +532,7 @@ fn first_fresh(image: &Image, options: &Options) -> u64 {
     }
     let last = image.refcounts.words().iter().rposition(|&word| word != 0);
     let blocks = last.map_or(0, |index| index as u64 + 1);
-    (blocks << geometry.refblock_bits()).min(end)
+    (blocks << geometry.refblock_bits()).clamp(1, end.max(1))
 }
 
 /// Pages of the two caches, and staging buffers.

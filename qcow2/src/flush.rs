@@ -463,7 +463,8 @@ impl Engine {
         self.round.enter(Phase::Idle);
         self.allocated_durable = self.round.allocated;
         self.reply_flushes();
-        if self.is_dirty() {
+        if self.is_dirty() || !self.quarantine.is_empty() {
+            // What was folded has replaced clusters, which one more round gives back.
             self.note_dirty();
         }
         self.wake(|wait| matches!(wait, Wait::Slot(_) | Wait::Overlay | Wait::Staging));

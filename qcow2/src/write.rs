@@ -270,6 +270,7 @@ impl Engine {
         let geometry = self.geometry();
         // A cluster that was there before may hold other subclusters.
         let units_only = geometry.has_extended_l2()
+            && piece.clusters == 1
             && target.before != Before::Content
             && (!target.allocated || self.fills_units(piece, target.before));
         if !units_only {

@@ -20,6 +20,7 @@
 //! | [`cuts`], [`judge`] | the states a crash may leave, and whether one is right |
 //! | [`workload`], [`run`] | mixes of requests, and one seeded run of one |
 //! | [`explore`], [`seen`] | many runs, all their crashes; which states were judged before |
+//! | [`fuzz`] | damaged images and requests, as a fuzzer chooses them |
 //! | [`faults`], [`scope`] | every fault at every place; every order of a few requests |
 //! | [`qemu`] | `qemu-img` as the second judge |
 
@@ -27,6 +28,7 @@ pub mod cuts;
 pub mod disk;
 pub mod explore;
 pub mod faults;
+pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod judge;
