@@ -92,6 +92,10 @@ pub(crate) struct Allocator {
     scan: u64,
     scan_end: u64,
     pub(crate) extending: bool,
+    /// Fresh space is written with zeros, not only allocated; FLUSHes and clusters allocated when
+    /// that was decided.
+    writes_zeros: bool,
+    before: (u64, u64),
     /// Why nothing fresh can be reserved for now.
     pub(crate) error: Option<IoErrorKind>,
     /// The refcount table is too short for `next_fresh`.
@@ -110,6 +114,11 @@ pub(crate) enum RefcountPlace {
     /// The refcount table is too short.
     NoTable,
 }
+
+/// With no more clusters than this for each FLUSH, fresh space is written with zeros.
+const CLUSTERS_PER_FLUSH: u64 = 8;
+/// Bytes of zeros written in one operation, or one cluster.
+const MOST_WRITTEN: u64 = 2 << 20;
 
 /// Reserved runs that are on their way at the same time; more would only fragment.
 const MAX_PENDING: usize = 32;
@@ -131,6 +140,8 @@ impl Allocator {
             scan: 1,
             scan_end: end,
             extending: false,
+            writes_zeros: false,
+            before: (0, 0),
             error: None,
             must_grow: false,
             stopped: false,
@@ -258,6 +269,9 @@ impl Engine {
             return;
         }
         let low = self.allocator.target.div_ceil(2);
+        if self.allocator.reserved() < low {
+            self.decide_how_to_zero();
+        }
         while self.allocator.reserved() < low && self.reserve_more() {}
         if self.allocator.pool * 4 < self.allocator.target
             && self.allocator.pending.iter().any(|pending| pending.round.is_some())
@@ -390,7 +404,9 @@ impl Engine {
             return true;
         }
         let run = (0..left.min(want)).take_while(|&step| zero(self, step)).count() as u64;
-        let run = self.extended_over(first, run);
+        let bits = self.geometry().cluster_bits();
+        let most = if self.allocator.writes_zeros { (MOST_WRITTEN >> bits).max(1) } else { run };
+        let run = self.extended_over(first, run.min(most));
         if run == 0 {
             return false;
         }
@@ -411,8 +427,28 @@ impl Engine {
             self.wake(|wait| wait == Wait::Reserve);
             return true;
         }
+        if self.allocator.writes_zeros && self.ops.has_room() {
+            mark!("reserve.written");
+            self.push_pending(first, run, Space::Stale, None);
+            let (offset, len) = (first << bits, u32::try_from(run << bits).expect("2 MiB"));
+            self.emit(Owner::Reserved(first), OpKind::WriteZeros { offset, len });
+            return true;
+        }
         self.push_pending(first, run, Space::Zero, Some(self.next_round()));
         true
+    }
+
+    /// Decides how fresh space becomes zeros. To have it allocated (fallocate) costs next to nothing,
+    /// but then the first write to each piece of it changes the file system's metadata, and the
+    /// fdatasync after that costs a flush of the device more. Where there is nearly one FLUSH for
+    /// each cluster, writing zeros ahead of need is the smaller price.
+    fn decide_how_to_zero(&mut self) {
+        let flushes = self.stats.flushes + self.stats.fua_writes;
+        let (flushes_then, clusters_then) = self.allocator.before;
+        let clusters = self.stats.allocated_data;
+        self.allocator.before = (flushes, clusters);
+        self.allocator.writes_zeros =
+            (flushes - flushes_then) * CLUSTERS_PER_FLUSH > clusters - clusters_then;
     }
 
     /// The refcount page, ready to be changed; if it is not, that is being seen to.
@@ -496,6 +532,12 @@ impl Engine {
     pub(crate) fn check_starved(&mut self) {
         let Some(kind) = self.allocator.error else { return };
         let scanning = self.allocator.scan < self.allocator.scan_end;
+        if !self.quarantine.is_empty() && self.requests.iter().any(|r| r.wait == Wait::Reserve) {
+            // Clusters are on their way to being free: a round at a time brings them closer.
+            mark!("reserve.waits_for_quarantine");
+            self.round.wanted |= self.quarantine.needs_round(self.round.synced);
+            return;
+        }
         if self.allocator.reserved() == 0 && !scanning && !self.allocator.extending {
             // The next write that wants a cluster tries again; without one nobody does.
             self.allocator.error = None;

@@ -401,8 +401,8 @@ impl Engine {
             self.advance_copies();
             self.advance_quarantine();
             self.refill();
-            let ended = self.advance_round();
             self.check_starved();
+            let ended = self.advance_round();
             if self.ready.is_empty() && !ended {
                 break;
             }

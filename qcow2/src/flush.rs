@@ -72,7 +72,7 @@ use crate::op::OpKind;
 use crate::optable::{OpState, Owner};
 use crate::overlay::Entry;
 use crate::planted::{self, Bug};
-use crate::request::{Stop, Wait, Which};
+use crate::request::{RequestState, Stop, Wait, Which};
 
 /// What a round is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -466,6 +466,11 @@ impl Engine {
         if self.is_dirty() || !self.quarantine.is_empty() {
             // What was folded has replaced clusters, which one more round gives back.
             self.note_dirty();
+        }
+        // Those who wait for room in quarantine would otherwise wait for the next FLUSH.
+        let waits = |state: &RequestState| state.wait == Wait::Quarantine;
+        if self.quarantine.is_crowded() || self.requests.iter().any(waits) {
+            self.round.wanted |= self.quarantine.needs_round(self.round.synced);
         }
         self.wake(|wait| matches!(wait, Wait::Slot(_) | Wait::Overlay | Wait::Staging));
     }

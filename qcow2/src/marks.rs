@@ -21,6 +21,8 @@ pub const MARKS: &[&str] = &[
     "reserve.new_refcount_block",
     "reserve.put_back",
     "reserve.recycled",
+    "reserve.waits_for_quarantine",
+    "reserve.written",
     "round.folded",
     "round.makes_room_to_fold",
     "round.nothing_to_fold",

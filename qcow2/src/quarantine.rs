@@ -89,6 +89,14 @@ impl Quarantine {
         self.items.len() * 2 > MAX_ITEMS
     }
 
+    /// Does any run wait for a round that has not synced yet?
+    pub(crate) fn needs_round(&self, synced: u64) -> bool {
+        self.items.iter().any(|item| match item.stage {
+            Stage::Unlinked(round) | Stage::Lowered(round) => round > synced,
+            Stage::Lowering(_) | Stage::Punching => false,
+        })
+    }
+
     pub(crate) fn contains(&self, cluster: u64) -> bool {
         self.items.iter().any(|item| item.start <= cluster && cluster < item.start + item.count)
     }
@@ -242,7 +250,8 @@ impl Engine {
         self.wake(|wait| wait == Wait::Quarantine);
     }
 
-    /// A page of refcounts cannot be read: the clusters that it counts stay counted, a leak.
+    /// A page of refcounts cannot be read: the clusters that it counts stay counted, a leak. Those
+    /// of a run that were counted down before go on.
     pub(crate) fn abandon_lowering(&mut self, page: u64) {
         let needs = |engine: &Self, item: &Item| match item.stage {
             Stage::Lowering(done) => {
@@ -252,8 +261,16 @@ impl Engine {
             _ => false,
         };
         while let Some(number) = self.quarantine.items.iter().position(|item| needs(self, item)) {
-            let item = self.quarantine.items.remove(number);
-            self.quarantine.clusters -= item.count;
+            let round = self.next_round();
+            let item = &mut self.quarantine.items[number];
+            let Stage::Lowering(done) = item.stage else { unreachable!("looked for") };
+            self.quarantine.clusters -= item.count - done;
+            (item.count, item.stage) = (done, Stage::Lowered(round));
+            if done == 0 {
+                self.quarantine.items.remove(number);
+            } else if item.unused {
+                self.release(number);
+            }
         }
         self.wake(|wait| wait == Wait::Quarantine);
     }

@@ -138,3 +138,66 @@ fn without_any_flush_mappings_are_durable_within_ten_seconds() {
         }
     }
 }
+
+/// Every cluster of the image, in an order that leaves no two neighbours together on the disk.
+fn write_all_scattered(world: &mut World, clusters: u64) {
+    for step in 0..clusters {
+        // 37 has no factor with a power of two: each cluster comes once.
+        let offset = (step * 37 % clusters) * 512;
+        world.submit(0, Request::Write { offset, len: 512, fua: false }, vec![1; 512]);
+        world.settle();
+        assert!(take(world, 0));
+    }
+    world.submit(0, Request::Flush, Vec::new());
+    world.settle();
+    assert!(take(world, 0));
+}
+
+/// An empty image of 512-byte clusters.
+fn open_tiny(name: &str, size: &str) -> World {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rounds-{name}.qcow2"));
+    let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512"];
+    let done = Command::new("qemu-img").args(create).arg(&path).arg(size).status();
+    assert!(done.expect("qemu-img must be installed").success());
+    let disk = Disk::new(std::fs::read(&path).unwrap());
+    let options = Options { depth: 4, reservation: 16 << 10, ..Options::default() };
+    let mut world = World::open(disk, &options).unwrap();
+    world.settle();
+    world
+}
+
+#[test]
+fn a_discard_of_more_runs_than_quarantine_holds_does_not_wait_for_the_clock() {
+    let mut world = open_tiny("scattered", "2M");
+    write_all_scattered(&mut world, 4096);
+    world.submit(0, Request::Discard { offset: 0, len: 2 << 20 }, Vec::new());
+    world.settle();
+    assert!(take(&mut world, 0), "it waits: {}", world.engine.waits());
+}
+
+#[test]
+fn a_write_on_a_full_host_waits_for_what_was_discarded_before() {
+    let mut world = open_tiny("full", "1M");
+    write_all_scattered(&mut world, 1024);
+    world.full = true;
+    // The rest of the reservation goes first.
+    let mut next = 1024;
+    loop {
+        let offset = next * 512;
+        world.submit(1, Request::Write { offset, len: 512, fua: false }, vec![2; 512]);
+        world.settle();
+        next += 1;
+        let reply = world.replies.pop().unwrap();
+        if reply.result == Err(qcow2::IoErrorKind::NoSpace) {
+            break;
+        }
+        assert_eq!(reply.result, Ok(()));
+    }
+    world.submit(0, Request::Discard { offset: 0, len: 64 << 10 }, Vec::new());
+    world.settle();
+    assert!(take(&mut world, 0));
+    let offset = next * 512;
+    world.submit(1, Request::Write { offset, len: 512, fua: false }, vec![2; 512]);
+    world.settle();
+    assert!(take(&mut world, 1), "there is room: {}", world.engine.waits());
+}

@@ -296,7 +296,7 @@ impl Bench {
         let size = self.engine.virtual_size();
         // Near the beginning, where the tables are, or anywhere.
         let span = if choices.byte() & 3 == 0 { size } else { size.min(64 << 10) };
-        let offset = choices.number(4).wrapping_mul(512) % span.max(1) & !511;
+        let offset = (choices.number(4).wrapping_mul(512) % span.max(1)) & !511;
         let len = (1 + choices.number(1)) * 512;
         let len = u32::try_from(len.min(size - offset)).expect("at most 128 KiB");
         let request = match choices.below(8) {
