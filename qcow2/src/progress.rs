@@ -143,7 +143,12 @@ impl Engine {
         }
         let state = self.ops.remove(id);
         match owner {
-            Owner::Request(request) => self.finish_payload(request, result),
+            Owner::Request(request) => {
+                // A discard that the host cannot carry out is none, and no failure.
+                let punch = matches!(state.kind, OpKind::Punch { .. });
+                let unsupported = punch && result == Err(IoErrorKind::Unsupported);
+                self.finish_payload(request, if unsupported { Ok(()) } else { result });
+            }
             Owner::NewTable(index) => self.finish_new_table(index, result),
             Owner::Load(..) => {}
             Owner::NewBlock(cluster) => self.finish_zeroed_block(cluster, result),
