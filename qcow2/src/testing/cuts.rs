@@ -165,8 +165,10 @@ impl Cuts {
         }
         self.data.clear();
         if let Some(data) = data {
+            let ends = self.candidates.iter().filter(|it| it.data).map(|it| it.sector + 1);
+            let end = ends.max().unwrap_or(0).max(data.durable.len());
             self.data.extend(&data.durable);
-            self.data.resize(data.durable.len().max(data.sectors().len()), SectorId::ZERO);
+            self.data.resize(end, SectorId::ZERO);
         }
         for (sector, &id) in self.data.iter().enumerate() {
             self.hash ^= pool.hash_at(place(sector, true), id);

@@ -18,8 +18,8 @@ fn scratch() -> std::io::Result<PathBuf> {
     Ok(dir)
 }
 
-fn run(args: &[&str]) -> Result<(Option<i32>, String), String> {
-    let out = Command::new("qemu-img").args(args).output();
+fn run(dir: &Path, args: &[&str]) -> Result<(Option<i32>, String), String> {
+    let out = Command::new("qemu-img").args(args).current_dir(dir).output();
     let out = out.map_err(|error| std::format!("qemu-img cannot be run: {error}"))?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     Ok((out.status.code(), text + &String::from_utf8_lossy(&out.stderr)))
@@ -48,8 +48,7 @@ fn judge_in(dir: &Path, state: State, demand: &Demand, pool: &SharedPool) -> Res
     if !state.data.is_empty() {
         put(DATA_NAME, &bytes_of(state.data, (state.data.len() * SECTOR) as u64, pool))?;
     }
-    let path = dir.join("state.qcow2");
-    let (code, text) = run(&["check", "-f", "qcow2", &path.to_string_lossy()])?;
+    let (code, text) = run(dir, &["check", "-f", "qcow2", "state.qcow2"])?;
     if !matches!(code, Some(0 | 3)) {
         return Err(std::format!("qemu-img check says: {text}"));
     }
@@ -77,14 +76,12 @@ fn judge_in(dir: &Path, state: State, demand: &Demand, pool: &SharedPool) -> Res
 
 /// What `qemu-img` reads.
 fn convert(dir: &Path, options: &[&str]) -> Result<Vec<u8>, String> {
-    let (path, raw) = (dir.join("state.qcow2"), dir.join("state.raw"));
-    let (path, raw) = (path.to_string_lossy(), raw.to_string_lossy());
     let mut args = std::vec!["convert", "-f", "qcow2", "-O", "raw"];
     args.extend(options);
-    args.extend([&*path, &*raw]);
-    let (code, text) = run(&args)?;
+    args.extend(["state.qcow2", "state.raw"]);
+    let (code, text) = run(dir, &args)?;
     if code != Some(0) {
         return Err(std::format!("qemu-img convert says: {text}"));
     }
-    std::fs::read(&*raw).map_err(|error| error.to_string())
+    std::fs::read(dir.join("state.raw")).map_err(|error| error.to_string())
 }

@@ -301,7 +301,8 @@ impl Run {
     fn complete_one(&mut self) -> Told<()> {
         let in_flight = self.world.in_flight.len();
         if in_flight == 0 {
-            return Err("nothing is in flight, and the engine does not go on".into());
+            let waits = self.world.engine.waits();
+            return Err(format!("nothing is in flight, and the engine does not go on: {waits}"));
         }
         let index = self.prng.index(in_flight);
         let short = self.prng.one_in(30);
@@ -394,7 +395,10 @@ impl Run {
             drop(pool);
             let excused = self.faulted || self.workload.errors != 0;
             if let (Err(kind), false) = (reply.result, excused) {
-                return Err(format!("{request:?} was answered with {kind}, but nothing failed"));
+                let health = self.world.engine.health();
+                return Err(format!(
+                    "{request:?} was answered with {kind}, but nothing failed; {health:?}"
+                ));
             }
             if request == Request::Flush {
                 let at = self.flushes.iter().position(|&(tag, _)| tag == reply.tag);

@@ -3,7 +3,7 @@
 use std::vec;
 use std::vec::Vec;
 
-use crate::options::Options;
+use crate::options::{Discards, Options};
 use crate::testing::image::{DataFile, ImageSpec, Limit};
 
 /// How often each kind of request comes, relative to the others.
@@ -100,6 +100,11 @@ fn extended(name: &'static str, image: ImageSpec) -> Workload {
     let image =
         ImageSpec { extended: true, every: if image.backing == 0 { 1 } else { 2 }, ..image };
     Workload { longest: 40, ..base(name, image) }
+}
+
+/// Where transfers of payload fail now and then.
+fn flaky(workload: Workload) -> Workload {
+    Workload { errors: 12, ..workload }
 }
 
 /// On a block device.
@@ -212,11 +217,12 @@ pub fn all() -> Vec<Workload> {
         base("data-file", ImageSpec { data_file: Some(DataFile::Own(16 << 10)), ..half() }),
         Workload {
             longest: 12,
+            steps: 80,
             ..base(
                 "data-file-beneath",
                 ImageSpec {
-                    backing: 20 << 10,
-                    data_file: Some(DataFile::Own(9 << 10)),
+                    backing: 32 << 10,
+                    data_file: Some(DataFile::Own(2 << 10)),
                     every: 3,
                     ..plain(11, 32 << 10)
                 },
@@ -224,7 +230,35 @@ pub fn all() -> Vec<Workload> {
         },
         Workload {
             punch: false,
-            ..base("data-file-raw", ImageSpec { data_file: Some(DataFile::Raw), ..half() })
+            ..base(
+                "data-file-raw",
+                ImageSpec { data_file: Some(DataFile::Raw), every: 1, ..half() },
+            )
+        },
+        flaky(extended(
+            "flaky-extended",
+            ImageSpec { backing: 40 << 10, snapshots: 1, ..plain(14, 64 << 10) },
+        )),
+        flaky(base(
+            "flaky-compressed",
+            ImageSpec { snapshots: 1, refcount_order: 4, guest: 24 << 10, ..packed() },
+        )),
+        flaky(base(
+            "flaky-data-file",
+            ImageSpec {
+                backing: 8 << 10,
+                data_file: Some(DataFile::Own(4 << 10)),
+                every: 3,
+                ..plain(10, 16 << 10)
+            },
+        )),
+        Workload {
+            options: Options { discards: Discards::Keep, ..stress() },
+            ..extended("extended-keep", ImageSpec { snapshots: 1, ..plain(14, 64 << 10) })
+        },
+        Workload {
+            options: Options { discards: Discards::Keep, ..normal() },
+            ..base("keep", ImageSpec { backing: 12 << 10, snapshots: 1, ..half() })
         },
         device("device", ImageSpec { device: 192 << 10, refcount_order: 5, ..half() }),
         Workload {
