@@ -216,8 +216,8 @@ impl Engine {
                 | OpKind::Extend { .. }
                 | OpKind::Truncate { .. }
         );
-        if let (FileId::Data, OpKind::Write { offset, len, .. }) = (state.file, state.kind) {
-            self.data_len = self.data_len.map(|before| before.max(offset + u64::from(len)));
+        if state.file == FileId::Data {
+            self.note_data_len(state.kind, outcome);
         }
         // Also when it failed: some of it may have got there. (A punch need not become durable:
         // whoever takes the cluster next zeroes it.)

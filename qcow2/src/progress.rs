@@ -51,6 +51,24 @@ impl Engine {
         self.failed.is_none() && self.syncs == 0
     }
 
+    /// A write may have made the external data file longer.
+    pub(crate) fn note_data_len(&mut self, kind: OpKind, outcome: Outcome) {
+        let (OpKind::Write { offset, len, .. }
+        | OpKind::WriteZeros { offset, len }
+        | OpKind::CopyWrite { offset, len, .. }) = kind
+        else {
+            return;
+        };
+        let done = match outcome {
+            Outcome::Done => len,
+            Outcome::Short(done) => done,
+            Outcome::Error(_) => return,
+        };
+        if done != 0 {
+            self.data_len = self.data_len.map(|before| before.max(offset + u64::from(done)));
+        }
+    }
+
     /// Bytes of a file; what lies behind them reads as zeros.
     fn len_of(&self, file: FileId) -> u64 {
         match file {
@@ -143,7 +161,12 @@ impl Engine {
         }
         let state = self.ops.remove(id);
         match owner {
-            Owner::Request(request) => self.finish_payload(request, result),
+            Owner::Request(request) => {
+                // A discard that the host cannot carry out is none, and no failure.
+                let punch = matches!(state.kind, OpKind::Punch { .. });
+                let unsupported = punch && result == Err(IoErrorKind::Unsupported);
+                self.finish_payload(request, if unsupported { Ok(()) } else { result });
+            }
             Owner::NewTable(index) => self.finish_new_table(index, result),
             Owner::Load(..) => {}
             Owner::NewBlock(cluster) => self.finish_zeroed_block(cluster, result),

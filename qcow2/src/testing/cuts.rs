@@ -4,7 +4,7 @@
 //! change; the length lies anywhere between the old and the new. Where at most ten sectors are not
 //! synced, all combinations are visited. Above that: all prefixes (in the order of submission and
 //! in that of completion), all single omissions, all single inclusions, all but one structure and
-//! only one structure, and random subsets.
+//! only one structure, and random subsets. The sectors of an external data file count like others.
 
 use std::string::String;
 use std::vec::Vec;
@@ -30,6 +30,8 @@ pub struct Cut<'a> {
     pub sectors: &'a [SectorId],
     /// Its bytes.
     pub len: u64,
+    /// The sectors of the external data file.
+    pub data: &'a [SectorId],
     /// A hash of sectors and length.
     pub hash: u64,
     /// The how manyth of this point in time.
@@ -39,6 +41,7 @@ pub struct Cut<'a> {
 /// A sector that is not synced: its options are `start..start + count`, the durable one first.
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
+    data: bool,
     sector: usize,
     start: usize,
     count: usize,
@@ -65,6 +68,7 @@ pub struct Cuts {
     steps: Vec<Step>,
     found: Vec<(usize, u64, SectorId, Option<u64>, Structure)>,
     image: Vec<SectorId>,
+    data: Vec<SectorId>,
     hash: u64,
     len: u64,
     index: u64,
@@ -75,12 +79,21 @@ type Visit<'a> = &'a mut dyn FnMut(Cut, &Cuts) -> bool;
 
 impl Cuts {
     /// Calls `visit` with each state, until that says false. What is picked follows from `seed`.
-    pub fn visit(&mut self, disk: &Disk, seed: u64, visit: Visit) {
+    pub fn visit(&mut self, disk: &Disk, data: Option<&Disk>, seed: u64, visit: Visit) {
         let mut prng = Prng::new(seed);
-        self.collect(disk);
+        self.candidates.clear();
+        self.options.clear();
+        self.hashes.clear();
+        self.steps.clear();
+        // Those of the data file first: whatever the length of the image, they are there.
+        if let Some(data) = data {
+            self.collect(data, true);
+        }
+        self.collect(disk, false);
+        self.steps.sort_by_key(|step| step.serial);
         self.index = 0;
         for len in lengths(disk, &mut prng) {
-            self.begin(disk, len);
+            self.begin(disk, data, len);
             let mut product = 1_u64;
             for candidate in &self.candidates[..self.active] {
                 product = product.saturating_mul(candidate.count as u64);
@@ -94,7 +107,7 @@ impl Cuts {
     }
 
     /// Finds the sectors that are not synced and what each may hold.
-    fn collect(&mut self, disk: &Disk) {
+    fn collect(&mut self, disk: &Disk, is_data: bool) {
         self.found.clear();
         let end = disk.durable.len().max(disk.sectors().len());
         for change in disk.changes() {
@@ -106,10 +119,6 @@ impl Cuts {
             }
         }
         self.found.sort_unstable_by_key(|&(sector, serial, ..)| (sector, serial));
-        self.candidates.clear();
-        self.options.clear();
-        self.hashes.clear();
-        self.steps.clear();
         let pool = disk.pool().borrow();
         let mut rest = &self.found[..];
         while let Some(&(sector, ..)) = rest.first() {
@@ -135,15 +144,15 @@ impl Cuts {
                 self.steps.truncate(first_step);
                 continue;
             }
+            let place = place(sector, is_data);
             self.hashes
-                .extend(self.options[start..].iter().map(|&option| pool.hash_at(sector, option)));
-            self.candidates.push(Candidate { sector, start, count, choice: 0 });
+                .extend(self.options[start..].iter().map(|&option| pool.hash_at(place, option)));
+            self.candidates.push(Candidate { data: is_data, sector, start, count, choice: 0 });
         }
-        self.steps.sort_by_key(|step| step.serial);
     }
 
     /// Starts with what is durable, at this length.
-    fn begin(&mut self, disk: &Disk, len: u64) {
+    fn begin(&mut self, disk: &Disk, data: Option<&Disk>, len: u64) {
         let sectors = size(len.div_ceil(SECTOR as u64));
         self.len = len;
         self.image.clear();
@@ -154,10 +163,21 @@ impl Cuts {
         for (place, &id) in self.image.iter().enumerate() {
             self.hash ^= pool.hash_at(place, id);
         }
+        self.data.clear();
+        if let Some(data) = data {
+            let ends = self.candidates.iter().filter(|it| it.data).map(|it| it.sector + 1);
+            let end = ends.max().unwrap_or(0).max(data.durable.len());
+            self.data.extend(&data.durable);
+            self.data.resize(end, SectorId::ZERO);
+        }
+        for (sector, &id) in self.data.iter().enumerate() {
+            self.hash ^= pool.hash_at(place(sector, true), id);
+        }
         for candidate in &mut self.candidates {
             candidate.choice = 0;
         }
-        self.active = self.candidates.partition_point(|candidate| candidate.sector < sectors);
+        let is_there = |candidate: &Candidate| candidate.data || candidate.sector < sectors;
+        self.active = self.candidates.partition_point(is_there);
     }
 
     fn set(&mut self, candidate: usize, choice: usize) {
@@ -167,13 +187,14 @@ impl Cuts {
         let it = &mut self.candidates[candidate];
         self.hash ^= self.hashes[it.start + it.choice] ^ self.hashes[it.start + choice];
         it.choice = choice;
-        self.image[it.sector] = self.options[it.start + choice];
+        let file = if it.data { &mut self.data } else { &mut self.image };
+        file[it.sector] = self.options[it.start + choice];
     }
 
     fn show(&mut self, visit: Visit) -> bool {
         let Self { len, hash, index, .. } = *self;
         self.index += 1;
-        visit(Cut { sectors: &self.image, len, hash, index }, self)
+        visit(Cut { sectors: &self.image, len, data: &self.data, hash, index }, self)
     }
 
     /// All combinations.
@@ -301,7 +322,9 @@ impl Cuts {
             let structure =
                 self.steps.iter().find(|step| step.candidate == number).map(|it| it.structure);
             let structure = structure.unwrap_or(Structure::Data);
-            out += &std::format!("  sector {} ({structure:?}): {what}\n", candidate.sector);
+            let file = if candidate.data { "data file, " } else { "" };
+            let sector = candidate.sector;
+            out += &std::format!("  {file}sector {sector} ({structure:?}): {what}\n");
         }
         out
     }
@@ -316,6 +339,11 @@ const STRUCTURES: [Structure; 7] = [
     Structure::Header,
     Structure::NewTable,
 ];
+
+/// What a sector is known by in hashes.
+fn place(sector: usize, is_data: bool) -> usize {
+    sector | usize::from(is_data) << 40
+}
 
 /// The lengths to try: the shortest, the longest, and some between.
 fn lengths(disk: &Disk, prng: &mut Prng) -> Vec<u64> {

@@ -178,7 +178,7 @@ impl Disk {
 
     /// From now on operations that break a rule are refused.
     pub fn watch(&mut self) {
-        self.rules = Some(Rules::default());
+        self.rules = Some(Rules::of(self));
     }
 
     /// The sectors that this disk and others share.
@@ -242,6 +242,13 @@ impl Disk {
             _ => None,
         });
         shrunk.fold(self.durable_len, u64::min)
+    }
+
+    /// What happens to this disk from now on comes after all that happened to the other.
+    pub(crate) fn follow(&mut self, other: Option<&Self>) {
+        let Some(other) = other else { return };
+        self.serial = self.serial.max(other.serial);
+        self.completions = self.completions.max(other.completions);
     }
 
     /// Copies what a reader sees at `offset`; returns how many bytes the file has there.
@@ -421,7 +428,7 @@ impl Disk {
         self.syncs.clear();
         self.reading.clear();
         if let Some(rules) = &mut self.rules {
-            *rules = Rules::default();
+            rules.death();
         }
         for index in 0..self.changes.len() {
             let change = &mut self.changes[index];

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use std::vec::Vec;
 
+use crate::check::Checker;
 use crate::testing::cuts::{Cut, Cuts};
-use crate::testing::disk::Disk;
+use crate::testing::disk::{Disk, bytes_of};
 use crate::testing::guest::Demand;
 use crate::testing::judge::{Judge, State};
 use crate::testing::pool::{Pool, SectorId, mix};
@@ -115,6 +116,8 @@ struct Shared {
 const DEPTH: u32 = 2;
 /// One distinct state in so many is opened and worked on.
 const BRANCH: u64 = 5_000;
+/// One distinct state in so many is checked by the crate's own checker, too.
+const CHECK: u64 = 500;
 /// Events of such a run.
 const BRANCH_STEPS: u64 = 40;
 /// Of the points in time at which the state changes, the crashes of one in so many are visited:
@@ -130,6 +133,7 @@ struct Explorer<'a> {
     judge: Judge,
     cuts: Cuts,
     demand: Demand,
+    checker: Checker,
     /// Headers and top-level tables that were opened before.
     opened: HashSet<u64>,
 }
@@ -138,6 +142,7 @@ struct Explorer<'a> {
 struct Chosen {
     sectors: Vec<SectorId>,
     len: u64,
+    data: Vec<SectorId>,
     index: u64,
     leaks: u64,
     content: Vec<SectorId>,
@@ -221,6 +226,7 @@ fn work(config: &Config, workloads: &[Workload], shared: &Shared, begin: Instant
         judge: Judge::default(),
         cuts: Cuts::default(),
         demand: Demand::default(),
+        checker: Checker::new(),
         opened: HashSet::new(),
     };
     let over = || config.time.is_some_and(|time| begin.elapsed() >= time);
@@ -278,7 +284,7 @@ impl Explorer<'_> {
                 replay: path.at(run.steps),
                 trace: Vec::new(),
             })?;
-            let now = (run.world.disk.generation(), run.guest.generation());
+            let now = run.generation();
             let due = mix(path.seed, run.steps).is_multiple_of(EVERY);
             if now != before && due {
                 before = now;
@@ -304,7 +310,8 @@ impl Explorer<'_> {
         let mut wrong = None;
         let (mut states, mut distinct) = (0, 0);
         let mut cuts = core::mem::take(&mut self.cuts);
-        cuts.visit(&run.world.disk, path.cut_seed(run.steps), &mut |cut, _| {
+        let (disk, data) = (&run.world.disk, run.world.data.as_ref());
+        cuts.visit(disk, data, path.cut_seed(run.steps), &mut |cut, _| {
             states += 1;
             let key = mix(cut.hash, self.demand.hash);
             if !shared.seen.insert(key) {
@@ -341,19 +348,30 @@ impl Explorer<'_> {
         chosen: &mut Vec<Chosen>,
     ) -> Result<(), String> {
         let pool = run.world.disk.pool().borrow();
-        let state =
-            State { pool: &pool, sectors: cut.sectors, len: cut.len, backing: &run.beneath };
+        let Cut { sectors, len, data, .. } = cut;
+        let state = State { pool: &pool, sectors, len, data, setting: &run.setting };
         let summary = self.judge.judge(state, &self.demand)?;
         if self.opened.insert(mix(summary.top, cut.len)) {
             let disk = Disk::of_sectors(cut.sectors.to_vec(), cut.len, run.world.disk.pool());
-            open_image(&disk, &run.world.beneath, run.world.data.as_deref(), false)
+            open_image(&disk, &run.setting.files, run.world.data.as_ref().map(Disk::len), false)
                 .map_err(|error| format!("the image does not open: {error}"))?;
         }
         let dice = mix(key, 0xd1ce);
+        if (dice >> 40).is_multiple_of(CHECK) {
+            let checked = self.checker.check_bytes(&bytes_of(sectors, len, run.world.disk.pool()));
+            let checked = checked.map_err(|error| format!("the checker cannot: {error}"))?;
+            if let Some(finding) = checked.first.filter(|_| checked.corruptions != 0) {
+                return Err(format!("the checker finds {finding}"));
+            }
+            if checked.leaks > summary.leaks {
+                return Err(format!("the checker finds {} leaks", checked.leaks));
+            }
+        }
         let mut choose = |why| {
             chosen.push(Chosen {
-                sectors: cut.sectors.to_vec(),
-                len: cut.len,
+                sectors: sectors.to_vec(),
+                len,
+                data: data.to_vec(),
                 index: cut.index,
                 leaks: summary.leaks,
                 content: self.judge.content().to_vec(),
@@ -377,22 +395,22 @@ impl Explorer<'_> {
         depth: u32,
         chosen: Chosen,
     ) -> Result<(), Violation> {
-        let Chosen { sectors, len, index, leaks, content, why } = chosen;
+        let Chosen { sectors, len, data, index, leaks, content, why } = chosen;
         let pool = run.world.disk.pool();
         if why == Why::Qemu {
             self.shared.sampled.fetch_add(1, Ordering::Relaxed);
             run.demand(&mut self.demand);
-            let state = (&sectors[..], len);
-            return qemu::judge(state, &run.beneath, &self.demand, pool).map_err(|what| {
+            let known = pool.borrow();
+            let setting = &run.setting;
+            let state = State { pool: &known, sectors: &sectors, len, data: &data, setting };
+            return qemu::judge(state, &self.demand, pool).map_err(|what| {
                 let replay = format!("{}:{index}", path.at(run.steps));
                 Violation { what, replay, trace: Vec::new() }
             });
         }
         self.shared.reopened.fetch_add(1, Ordering::Relaxed);
         let path = path.after(run.steps, index);
-        let disk = Disk::of_sectors(sectors, len, pool);
-        let beneath = run.world.beneath.clone();
-        match Run::on(&run.workload, path.seed, (disk, beneath), &content, leaks) {
+        match run.after_crash(path.seed, (sectors, len, data), &content, leaks) {
             Ok(run) => self.run(run, &path, depth + 1),
             Err(what) => Err(Violation { what, replay: path.at(0), trace: Vec::new() }),
         }

@@ -12,7 +12,7 @@ use std::vec::Vec;
 
 use crate::error::IoErrorKind;
 use crate::planted::Bug;
-use crate::testing::cuts::Cuts;
+use crate::testing::cuts::{Cut, Cuts};
 use crate::testing::explore::Violation;
 use crate::testing::guest::Demand;
 use crate::testing::judge::{Judge, State};
@@ -156,9 +156,10 @@ fn to_the_end(run: &mut Run, seed: u64) -> Result<(), String> {
     run.demand(&mut demand);
     let (mut judge, mut left, mut result) = (Judge::default(), STATES, Ok(()));
     let pool = run.world.disk.pool().borrow();
-    Cuts::default().visit(&run.world.disk, seed, &mut |cut, _| {
-        let backing = &run.beneath;
-        let state = State { pool: &pool, sectors: cut.sectors, len: cut.len, backing };
+    let (disk, data) = (&run.world.disk, run.world.data.as_ref());
+    Cuts::default().visit(disk, data, seed, &mut |cut, _| {
+        let Cut { sectors, len, data, .. } = cut;
+        let state = State { pool: &pool, sectors, len, data, setting: &run.setting };
         result = judge.judge(state, &demand).map(|_| ());
         left -= 1;
         result.is_ok() && left != 0

@@ -17,7 +17,7 @@ use crate::image::Image;
 use crate::layer::Layer;
 use crate::op::{COPY_BUFFER, Compressed, FileId, Op, OpKind, Outcome, Request};
 use crate::options::{Discards, Options};
-use crate::testing::image::inflate_stored;
+use crate::testing::image::inflate;
 
 /// The bytes of the fuzzer, taken one after the other; zeros when they are used up.
 #[derive(Clone, Debug)]
@@ -420,7 +420,7 @@ impl Bench {
         let cluster = 1_u64 << source.cluster_bits;
         assert!(u64::from(from) + u64::from(len) <= cluster, "within the cluster");
         let bytes = part(self.file(file), source.offset, source.len as usize);
-        match inflate_stored(bytes, 1 << source.cluster_bits) {
+        match inflate(bytes, 1 << source.cluster_bits) {
             Some(_) => Outcome::Done,
             None => Outcome::Error(IoErrorKind::Io),
         }

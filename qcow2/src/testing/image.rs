@@ -1,12 +1,23 @@
 //! Small images, made in code: an independent and minimal writer of qcow2.
 
+use std::collections::HashMap;
 use std::rc::Rc;
 use std::vec;
 use std::vec::Vec;
 
+use crate::testing::format::Format;
 use crate::testing::guest::guest_sector;
-use crate::testing::pool::{Pool, SECTOR, SectorId};
+use crate::testing::pool::{Pool, SECTOR, SectorId, WORDS};
 use crate::testing::size;
+use crate::testing::world::Beneath;
+
+mod deflate;
+mod fill;
+mod writer;
+
+pub use deflate::inflate;
+use fill::Filler;
+use writer::Writer;
 
 /// What an image is to be like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,10 +30,33 @@ pub struct ImageSpec {
     pub guest: u64,
     /// Guest clusters that are allocated, and hold data: one in so many; 0 for none.
     pub every: u64,
-    /// Bytes of what lies beneath; 0 for nothing.
+    /// Of those, so many are compressed: one in so many; 0 for none.
+    pub compressed: u64,
+    /// Bytes of the raw file that lies beneath it all; 0 for none.
     pub backing: u64,
+    /// Between the two lies a qcow2 image of so many bytes, with clusters of another size.
+    pub chain: Option<(u32, u64)>,
     /// The L1 table is made so long that the file ends a few clusters before a limit.
     pub near: Option<Limit>,
+    /// log2 of the bits of a refcount.
+    pub refcount_order: u32,
+    /// Extended L2 entries.
+    pub extended: bool,
+    /// Internal snapshots, with changes after each but the last.
+    pub snapshots: u32,
+    /// Guest data lies in a file of its own.
+    pub data_file: Option<DataFile>,
+    /// The file is so many bytes long, with garbage behind what is in use; 0 for as it comes.
+    pub device: u64,
+}
+
+/// An external data file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataFile {
+    /// It is so many bytes long, and holds garbage where nothing is mapped.
+    Own(u64),
+    /// It reads like the virtual disk.
+    Raw,
 }
 
 /// What a file is soon too long for, and in how many clusters.
@@ -34,153 +68,172 @@ pub enum Limit {
     Table(u64),
 }
 
-/// The name of the backing file in the header.
+/// The names that stand in headers: of a raw file beneath, a qcow2 image beneath, the data file.
 pub const BACKING_NAME: &str = "beneath.raw";
+/// See there.
+pub const MIDDLE_NAME: &str = "middle.qcow2";
+/// See there.
+pub const DATA_NAME: &str = "state.data";
 
 /// An image and what the guest finds in it.
 #[derive(Clone, Debug)]
 pub struct Made {
     /// The file.
     pub bytes: Vec<u8>,
-    /// The file beneath.
-    pub backing: Option<Rc<[u8]>>,
+    /// The external data file.
+    pub data: Option<Vec<u8>>,
     /// What each guest sector reads as.
+    pub content: Vec<SectorId>,
+    /// What stays as it is.
+    pub setting: Setting,
+}
+
+/// What is around an image, or in it, and never changes.
+#[derive(Clone, Debug, Default)]
+pub struct Setting {
+    /// The files beneath, from the top.
+    pub files: Vec<Beneath>,
+    /// What shines through where nothing is mapped.
+    pub beneath: Vec<SectorId>,
+    /// What each snapshot's sectors read as.
+    pub snapshots: Vec<Vec<SectorId>>,
+    /// What compressed clusters hold, by their L2 entry.
+    pub compressed: HashMap<u64, Packed>,
+}
+
+/// A compressed cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// The sectors of the file that its entry refers to.
+    pub source: Vec<SectorId>,
+    /// What it inflates to.
     pub content: Vec<SectorId>,
 }
 
-/// Inflates a deflate stream of stored blocks only (RFC 1951, 3.2.4), to exactly `len` bytes.
-#[must_use]
-pub fn inflate_stored(mut bytes: &[u8], len: usize) -> Option<Vec<u8>> {
-    let mut out = Vec::new();
-    loop {
-        let (&head, rest) = bytes.split_first()?;
-        let count = usize::from(u16::from_le_bytes([*rest.first()?, *rest.get(1)?]));
-        let inverse = u16::from_le_bytes([*rest.get(2)?, *rest.get(3)?]);
-        if head & 6 != 0 || usize::from(!inverse) != count {
-            return None;
-        }
-        out.extend_from_slice(rest.get(4..4 + count)?);
-        bytes = &rest[4 + count..];
-        if head & 1 != 0 {
-            return (out.len() == len).then_some(out);
-        }
-    }
-}
-
-/// The number of the write that made what lies beneath, and what was there at first.
+/// The numbers of the writes that made what lies beneath, what was there at first, what was written
+/// after a snapshot was taken, and what is nowhere to be seen.
 const BENEATH: u64 = 1 << 40;
+const MIDDLE: u64 = 1 << 42;
 const AT_FIRST: u64 = 1 << 41;
+const AFTER: u64 = 1 << 43;
+const GARBAGE: u64 = 1 << 44;
 
-struct Writer {
-    bytes: Vec<u8>,
-    bits: u32,
-    next: u64,
-}
-
-impl Writer {
-    fn put(&mut self, offset: u64, bytes: &[u8]) {
-        let offset = size(offset);
-        if self.bytes.len() < offset + bytes.len() {
-            self.bytes.resize(offset + bytes.len(), 0);
-        }
-        self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
-    }
-
-    /// Takes clusters at the end of the file.
-    fn take(&mut self, clusters: u64) -> u64 {
-        let at = self.next << self.bits;
-        self.next += clusters;
-        self.bytes.resize(size(self.next << self.bits), 0);
-        at
-    }
+/// A sector of bytes that nobody may ever find.
+fn garbage(place: u64, pool: &mut Pool) -> [u8; SECTOR] {
+    let id = pool.intern_words(&guest_sector(place, GARBAGE));
+    pool.bytes(id)
 }
 
 impl ImageSpec {
+    /// A plain one of version 3.
+    #[must_use]
+    pub const fn plain(cluster_bits: u32, guest: u64) -> Self {
+        Self {
+            version: 3,
+            cluster_bits,
+            guest,
+            every: 0,
+            compressed: 0,
+            backing: 0,
+            chain: None,
+            near: None,
+            refcount_order: 4,
+            extended: false,
+            snapshots: 0,
+            data_file: None,
+            device: 0,
+        }
+    }
+
     /// Makes it.
     ///
     /// # Panics
     /// If the refcount table of one cluster is too small for it.
     #[must_use]
     pub fn make(&self, pool: &mut Pool) -> Made {
-        let bits = self.cluster_bits;
-        let cluster = 1_u64 << bits;
-        let entries = cluster / 8;
-        let per_block = 1_u64 << (bits - 1);
-        let mut file = Writer { bytes: Vec::new(), bits, next: 1 };
+        self.make_as(pool, AT_FIRST)
+    }
+
+    /// The same with another number for the writes that made its data.
+    fn make_as(&self, pool: &mut Pool, number: u64) -> Made {
+        let mut setting = self.make_beneath(pool);
+        let cluster = 1_u64 << self.cluster_bits;
+        let mut file = Writer::new(self.cluster_bits);
         let table = file.take(1);
-        let need_l1 = self.guest.div_ceil(cluster * entries);
-        let mut l1_entries = need_l1;
-        // Header, table, its blocks; a table and a cluster for each that is allocated.
-        let filled =
-            (self.guest / cluster).checked_div(self.every).map_or(0, |used| need_l1 + used);
-        match self.near {
-            Some(Limit::Table(left)) => {
-                l1_entries = (entries * per_block - 2 - entries - filled - left) * entries;
-            }
-            Some(Limit::Block(left)) => l1_entries = (per_block - 3 - filled - left) * entries,
-            None => {}
-        }
+        let l1_entries = self.l1_entries();
         let l1 = file.take((l1_entries * 8).div_ceil(cluster));
-        let mut beneath = Vec::new();
+        let mut content = setting.beneath.clone();
+        content.resize(size(self.guest) / SECTOR, SectorId::ZERO);
+        self.header(&mut file, (table, l1, l1_entries));
+        let data = self.data_file.map(|kind| match kind {
+            DataFile::Raw => vec![0; size(self.guest)],
+            DataFile::Own(_) => {
+                (0..self.guest / 512).flat_map(|place| garbage(place, pool)).collect()
+            }
+        });
+        let mut filler = Filler::new(self, file, l1, content, data, pool);
+        filler.fill(number);
+        for snapshot in 0..self.snapshots {
+            filler.snapshot();
+            filler.live(AFTER + u64::from(snapshot), snapshot + 1 == self.snapshots);
+        }
+        filler.finish_snapshots();
+        let Filler { mut file, content, mut data, snapshots, packed, .. } = filler;
+        setting.snapshots = snapshots;
+        file.write_refcounts(table, self.refcount_order);
+        if let (Some(DataFile::Own(len)), Some(data)) = (self.data_file, &mut data) {
+            data.truncate(size(len));
+        }
+        let mut bytes = file.bytes;
+        for place in bytes.len() as u64 / 512..self.device / 512 {
+            bytes.extend(garbage(place, pool));
+        }
+        let format = format_of(&bytes);
+        for (word, content) in packed {
+            let span = format.span(word);
+            let source = bytes[size(span.start / 512 * 512)..size(span.end)].chunks(SECTOR);
+            let source = source.map(|sector| pool.intern(sector)).collect();
+            setting.compressed.insert(word, Packed { source, content });
+        }
+        Made { bytes, data, content, setting }
+    }
+
+    /// The files beneath, and what they read as.
+    fn make_beneath(&self, pool: &mut Pool) -> Setting {
+        let mut raw = Vec::new();
         for place in 0..self.backing.div_ceil(SECTOR as u64) {
             let id = pool.intern_words(&guest_sector(place, BENEATH));
-            beneath.extend(pool.bytes(id));
+            raw.extend(pool.bytes(id));
         }
-        beneath.truncate(size(self.backing));
-        let mut content: Vec<SectorId> =
-            beneath.chunks(SECTOR).map(|sector| pool.intern(sector)).collect();
-        content.resize(size(self.guest) / SECTOR, SectorId::ZERO);
-        let backing = (self.backing != 0).then(|| Rc::from(beneath));
-        if self.every != 0 {
-            self.fill(&mut file, l1, &mut content, pool);
+        raw.truncate(size(self.backing));
+        let mut beneath: Vec<SectorId> =
+            raw.chunks(SECTOR).map(|sector| pool.intern(sector)).collect();
+        let mut files: Vec<_> =
+            (self.backing != 0).then(|| Beneath::raw(Rc::from(raw))).into_iter().collect();
+        if let Some((cluster_bits, guest)) = self.chain {
+            let plain = Self::plain(cluster_bits, guest);
+            let spec = Self { every: 2, compressed: 3, backing: self.backing, ..plain };
+            let made = spec.make_as(pool, MIDDLE);
+            files.insert(0, Beneath { bytes: Rc::from(made.bytes), qcow2: true, data: None });
+            beneath = made.content;
         }
-        let blocks = self.count(&mut file, table);
-        assert!(blocks <= entries, "one cluster of refcount table counts the whole file");
-        self.header(&mut file, (table, l1, l1_entries));
-        Made { bytes: file.bytes, backing, content }
+        beneath.truncate(size(self.guest) / SECTOR);
+        Setting { files, beneath, ..Setting::default() }
     }
 
-    /// Allocates guest clusters.
-    fn fill(&self, file: &mut Writer, l1: u64, content: &mut [SectorId], pool: &mut Pool) {
+    fn l1_entries(&self) -> u64 {
         let cluster = 1_u64 << self.cluster_bits;
-        let entries = cluster / 8;
-        let per_cluster = size(cluster) / SECTOR;
-        let mut tables: Vec<Option<u64>> = vec![None; content.len()];
-        for guest in (0..self.guest / cluster).step_by(size(self.every)) {
-            let index = guest / entries;
-            let table = *tables[size(index)].get_or_insert_with(|| {
-                let at = file.take(1);
-                file.put(l1 + index * 8, &(at | 1 << 63).to_be_bytes());
-                at
-            });
-            let at = file.take(1);
-            file.put(table + guest % entries * 8, &(at | 1 << 63).to_be_bytes());
-            for step in 0..per_cluster {
-                let place = size(guest) * per_cluster + step;
-                let id = pool.intern_words(&guest_sector(place as u64, AT_FIRST));
-                file.put(at + (step * SECTOR) as u64, &pool.bytes(id));
-                content[place] = id;
-            }
+        let words = cluster / 8;
+        let entries = if self.extended { words / 2 } else { words };
+        let per_block = 1_u64 << (self.cluster_bits + 3 - self.refcount_order);
+        let need = self.guest.div_ceil(cluster * entries);
+        // Header, table, its blocks; a table and a cluster for each that is allocated.
+        let filled = (self.guest / cluster).checked_div(self.every).map_or(0, |used| need + used);
+        match self.near {
+            Some(Limit::Table(left)) => (words * per_block - 2 - words - filled - left) * entries,
+            Some(Limit::Block(left)) => (per_block - 3 - filled - left) * entries,
+            None => need,
         }
-    }
-
-    /// Writes the refcount blocks, which count themselves.
-    fn count(&self, file: &mut Writer, table: u64) -> u64 {
-        let per_block = 1_u64 << (self.cluster_bits - 1);
-        let mut blocks = 1;
-        while (file.next + blocks).div_ceil(per_block) > blocks {
-            blocks += 1;
-        }
-        let at = file.take(blocks);
-        for block in 0..blocks {
-            let block_at = at + (block << self.cluster_bits);
-            file.put(table + block * 8, &block_at.to_be_bytes());
-        }
-        for cluster in 0..file.next {
-            // Blocks lie one after the other, so refcounts do, too.
-            file.put(at + cluster * 2, &1_u16.to_be_bytes());
-        }
-        blocks
     }
 
     fn header(&self, file: &mut Writer, (table, l1, l1_entries): (u64, u64, u64)) {
@@ -188,26 +241,80 @@ impl ImageSpec {
         file.put(0, b"QFI\xfb");
         file.put(4, &self.version.to_be_bytes());
         file.put(20, &self.cluster_bits.to_be_bytes());
-        file.put(24, &self.guest.to_be_bytes());
+        file.put_word(24, self.guest);
         file.put(36, &l1_entries.to_be_bytes());
-        file.put(40, &l1.to_be_bytes());
-        file.put(48, &table.to_be_bytes());
+        file.put_word(40, l1);
+        file.put_word(48, table);
         file.put(56, &1_u32.to_be_bytes());
         let mut end = 72;
         if self.version == 3 {
-            file.put(96, &4_u32.to_be_bytes());
+            let bit = |set: bool, bit: u64| u64::from(set) << bit;
+            file.put_word(72, bit(self.data_file.is_some(), 2) | bit(self.extended, 4));
+            file.put_word(88, bit(self.data_file == Some(DataFile::Raw), 1));
+            file.put(96, &self.refcount_order.to_be_bytes());
             file.put(100, &104_u32.to_be_bytes());
             end = 104;
         }
-        if self.backing != 0 {
-            file.put(end, &0xe279_2aca_u32.to_be_bytes());
-            file.put(end + 4, &3_u32.to_be_bytes());
-            file.put(end + 8, b"raw");
-            let name = end + 24;
-            file.put(name, BACKING_NAME.as_bytes());
-            file.put(8, &name.to_be_bytes());
-            let len = u32::try_from(BACKING_NAME.len()).expect("a short name");
-            file.put(16, &len.to_be_bytes());
+        let mut extension = |file: &mut Writer, kind: u32, data: &[u8]| {
+            file.put(end, &kind.to_be_bytes());
+            let len = u32::try_from(data.len()).expect("a short name");
+            file.put(end + 4, &len.to_be_bytes());
+            file.put(end + 8, data);
+            end += 8 + u64::from(len.next_multiple_of(8));
+            end
+        };
+        if self.data_file.is_some() {
+            extension(file, 0x4441_5441, DATA_NAME.as_bytes());
+        }
+        let (name, kind) = match self.chain {
+            Some(_) => (MIDDLE_NAME, &b"qcow2"[..]),
+            None if self.backing != 0 => (BACKING_NAME, &b"raw"[..]),
+            None => return,
+        };
+        let name_at = extension(file, 0xe279_2aca, kind) + 8;
+        file.put(name_at, name.as_bytes());
+        file.put_word(8, name_at);
+        file.put(16, &u32::try_from(name.len()).expect("a short name").to_be_bytes());
+    }
+}
+
+/// What the header of a file says.
+fn format_of(bytes: &[u8]) -> Format {
+    let mut words = [0; WORDS];
+    for (word, chunk) in words.iter_mut().zip(bytes.chunks(8)) {
+        *word = u64::from_be_bytes(chunk.try_into().expect("8 bytes"));
+    }
+    Format::of(&words).expect("a header")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::Checker;
+    use crate::testing::guest::{Demand, Guest};
+    use crate::testing::judge::{Judge, State};
+    use crate::testing::{Disk, qemu, workload};
+
+    #[test]
+    fn every_image_is_right_for_all_three_judges() {
+        for workload in workload::all() {
+            let (pool, name) = (Pool::shared(), workload.name);
+            let made = workload.image.make(&mut pool.borrow_mut());
+            let checked = Checker::new().check_bytes(&made.bytes).expect(name);
+            assert_eq!((checked.corruptions, checked.leaks), (0, 0), "{name}: {:?}", checked.first);
+            let disk = Disk::sharing(&made.bytes, &pool);
+            let data = made.data.map(|bytes| Disk::sharing(&bytes, &pool));
+            let data = data.as_ref().map_or(&[][..], Disk::sectors);
+            let mut demand = Demand::default();
+            Guest::new(&made.content).demand(0, &pool.borrow(), &mut demand);
+            let (sectors, len) = (disk.sectors(), disk.len());
+            let state = State { pool: &pool.borrow(), sectors, len, data, setting: &made.setting };
+            for result in [
+                Judge::default().judge(state, &demand).map(|_| ()),
+                qemu::judge(state, &demand, &pool),
+            ] {
+                result.unwrap_or_else(|what| panic!("{name}: {what}"));
+            }
         }
     }
 }

@@ -1,18 +1,22 @@
 //! Is a state of an image right? An own checker and reader, straight on the sectors.
 //!
 //! It shares nothing with the engine but the format: refcounts against references, COPIED, what
-//! lies outside the file, and what every guest sector reads as. One call takes a few microseconds
-//! on the images of the explorer.
+//! lies outside the file or has two uses, and what every guest sector reads as, now and in each
+//! snapshot. One call takes a few microseconds on the images of the explorer.
 
 use std::string::String;
 use std::vec::Vec;
 
+use crate::testing::format::Format;
 use crate::testing::guest::{Demand, describe};
-use crate::testing::pool::{Pool, SECTOR, SectorId, WORDS, mix};
-use crate::testing::rules::{COMPRESSED, COPIED, ZERO};
-use crate::testing::size;
+use crate::testing::image::Setting;
+use crate::testing::pool::{Pool, SectorId, WORDS, mix};
 
-/// A state of an image file.
+mod tables;
+
+use tables::Owner;
+
+/// A state of an image.
 #[derive(Clone, Copy)]
 pub struct State<'a> {
     /// All contents.
@@ -21,8 +25,10 @@ pub struct State<'a> {
     pub sectors: &'a [SectorId],
     /// Its bytes.
     pub len: u64,
-    /// The sectors of what lies beneath.
-    pub backing: &'a [SectorId],
+    /// The sectors of the external data file.
+    pub data: &'a [SectorId],
+    /// What never changes.
+    pub setting: &'a Setting,
 }
 
 /// What was found where nothing is wrong.
@@ -37,21 +43,51 @@ pub struct Summary {
 /// The checker; it keeps its memory from state to state.
 #[derive(Clone, Debug, Default)]
 pub struct Judge {
-    references: Vec<u16>,
-    counts: Vec<u16>,
-    /// Clusters that an entry with the COPIED flag points to, and those without.
+    clusters: Vec<Cluster>,
+    /// Clusters that an active entry with the COPIED flag points to, and those without.
     copied: Vec<(usize, bool)>,
     content: Vec<SectorId>,
+    /// What a snapshot reads as.
+    kept: Vec<SectorId>,
 }
 
-struct Header {
-    bits: u32,
-    version: u64,
-    guest_sectors: usize,
-    l1: usize,
-    l1_entries: usize,
-    table: usize,
-    table_sectors: usize,
+/// What was found of a cluster.
+#[derive(Clone, Copy, Debug, Default)]
+struct Cluster {
+    count: u64,
+    references: u32,
+    /// [`Use`]s.
+    uses: u8,
+}
+
+/// What a cluster is used for: one bit each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Use {
+    /// Header, L1 tables, refcount table and blocks, table of snapshots.
+    Fixed = 1,
+    /// An L2 table of the disk as it is now, or of a snapshot.
+    Table = 2,
+    KeptTable = 4,
+    /// Guest data, likewise.
+    Data = 8,
+    KeptData = 16,
+    /// Compressed clusters.
+    Packed = 32,
+}
+
+impl Use {
+    /// The uses that a cluster may have besides this one.
+    fn besides(self) -> u8 {
+        match self {
+            Self::Fixed => 0,
+            Self::Table => Self::KeptTable as u8,
+            Self::KeptTable => Self::Table as u8 | Self::KeptTable as u8,
+            Self::Data => Self::KeptData as u8,
+            Self::KeptData => Self::Data as u8 | Self::KeptData as u8,
+            Self::Packed => Self::Packed as u8,
+        }
+    }
 }
 
 impl State<'_> {
@@ -61,23 +97,6 @@ impl State<'_> {
 
     fn sector(&self, sector: usize) -> SectorId {
         self.sectors.get(sector).copied().unwrap_or_default()
-    }
-
-    fn header(&self) -> Result<Header, String> {
-        let words = self.words(0);
-        let bits = u32::try_from(words[2] & 0xffff_ffff).expect("32 bits");
-        if words[0] >> 32 != 0x5146_49fb || !(9..=21).contains(&bits) {
-            return Err("the header is destroyed".into());
-        }
-        Ok(Header {
-            bits,
-            version: words[0] & 0xffff_ffff,
-            guest_sectors: size(words[3]) / SECTOR,
-            l1: size(words[5]) / SECTOR,
-            l1_entries: size(words[4] & 0xffff_ffff),
-            table: size(words[6]) / SECTOR,
-            table_sectors: size((words[7] >> 32) << bits) / SECTOR,
-        })
     }
 }
 
@@ -95,13 +114,11 @@ impl Judge {
         if self.content.len() != demand.len() {
             return Err(std::format!("the disk has {} sectors", self.content.len()));
         }
-        for (place, &id) in self.content.iter().enumerate() {
-            if !demand.of(place).contains(&id) {
-                let may = demand.of(place).iter().map(|&id| describe(state.pool, id));
-                let may: Vec<String> = may.collect();
-                let found = describe(state.pool, id);
-                return Err(std::format!("guest sector {place} holds {found}; it may: {may:?}"));
-            }
+        wanted(&self.content, "guest sector", state.pool, demand)?;
+        if Format::of(state.words(0)).is_some_and(|format| format.raw) {
+            let mut data = state.data.to_vec();
+            data.resize(demand.len(), SectorId::ZERO);
+            wanted(&data, "in the raw data file, sector", state.pool, demand)?;
         }
         Ok(summary)
     }
@@ -115,66 +132,97 @@ impl Judge {
     /// Looks at the tables, and reads the guest's sectors.
     ///
     /// # Errors
-    /// What contradicts the format.
+    /// What contradicts the format, or is not as it was in a snapshot.
     pub fn check(&mut self, state: State) -> Result<Summary, String> {
-        let header = state.header()?;
-        let clusters = size(state.len.div_ceil(1 << header.bits));
-        self.references.clear();
-        self.references.resize(clusters, 0);
-        self.counts.clear();
-        self.counts.resize(clusters, 0);
+        let format = Format::of(state.words(0)).ok_or("the header is destroyed")?;
+        let clusters = crate::testing::size(state.len.div_ceil(1 << format.bits));
+        self.clusters.clear();
+        self.clusters.resize(clusters, Cluster::default());
         self.copied.clear();
         let mut top = state.pool.hash(state.sector(0));
-        self.refer(0, &header, "the header")?;
-        let per_cluster = (1 << header.bits) / SECTOR;
-        let l1_sectors = (header.l1_entries * 8).div_ceil(SECTOR);
-        for (what, first, count) in [
-            ("the L1 table", header.l1, l1_sectors),
-            ("the refcount table", header.table, header.table_sectors),
-        ] {
-            for cluster in first / per_cluster..(first + count).div_ceil(per_cluster) {
-                self.refer(cluster, &header, what)?;
-            }
-        }
-        let behind = self.read_refcounts(&state, &header, &mut top)?;
-        self.read_l1(&state, &header, &mut top)?;
+        self.refer(0, Use::Fixed, "the header")?;
+        let (l1, table) = (format.l1, format.table);
+        self.refer_sectors(&format, l1.0, (l1.1 * 8).div_ceil(512), "the L1 table")?;
+        self.refer_sectors(&format, table.0, table.1, "the refcount table")?;
+        let behind = self.read_refcounts(&state, &format, &mut top)?;
+        let mut content = core::mem::take(&mut self.content);
+        let result = self.read_l1(&state, &format, l1, (Owner::Active, &mut content));
+        self.content = content;
+        top ^= result?;
+        self.read_snapshots(&state, &format)?;
         let leaks = self.compare()?;
         Ok(Summary { leaks: leaks + behind, top })
     }
 
-    fn refer(&mut self, cluster: usize, header: &Header, what: &str) -> Result<(), String> {
-        let Some(references) = self.references.get_mut(cluster) else {
-            let at = (cluster as u64) << header.bits;
-            return Err(std::format!("{what} points to byte {at}, behind the end of the file"));
+    fn read_snapshots(&mut self, state: &State, format: &Format) -> Result<(), String> {
+        let tables = match format.snapshots.1 {
+            0 => Vec::new(),
+            _ => format.snapshot_tables(state.words(format.snapshots.0)),
         };
-        *references += 1;
+        if tables.len() != state.setting.snapshots.len() {
+            return Err(std::format!("there are {} snapshots", tables.len()));
+        }
+        if !tables.is_empty() {
+            self.refer_sectors(format, format.snapshots.0, 1, "the table of snapshots")?;
+        }
+        for (number, table) in tables.into_iter().enumerate() {
+            let what = "the L1 table of a snapshot";
+            self.refer_sectors(format, table.0, (table.1 * 8).div_ceil(512), what)?;
+            let mut kept = core::mem::take(&mut self.kept);
+            let result = self.read_l1(state, format, table, (Owner::Snapshot, &mut kept));
+            self.kept = kept;
+            result.map_err(|what| std::format!("snapshot {number}: {what}"))?;
+            let wanted = &state.setting.snapshots[number];
+            let differs = self.kept.iter().zip(wanted).position(|(found, wanted)| found != wanted);
+            if let Some(place) = differs {
+                let found = describe(state.pool, self.kept[place]);
+                let wanted = describe(state.pool, wanted[place]);
+                return Err(std::format!(
+                    "sector {place} of snapshot {number} was {wanted} and is {found}"
+                ));
+            }
+        }
         Ok(())
     }
 
-    fn pointer(&mut self, word: u64, header: &Header, what: &str) -> Result<Option<usize>, String> {
-        let offset = word & 0x00ff_ffff_ffff_fe00;
-        if offset == 0 {
-            return Ok(None);
+    /// Notes a reference to a cluster.
+    fn refer(&mut self, cluster: usize, usage: Use, what: &str) -> Result<(), String> {
+        let Some(found) = self.clusters.get_mut(cluster) else {
+            return Err(std::format!("{what} points to cluster {cluster}, behind the end"));
+        };
+        found.references += 1;
+        if found.uses & !usage.besides() != 0 {
+            let uses = found.uses;
+            return Err(std::format!("cluster {cluster} is {usage:?} and has uses {uses:#x}"));
         }
-        if offset & ((1 << header.bits) - 1) != 0 {
-            return Err(std::format!("{what} is {word:#x}: not aligned"));
+        found.uses |= usage as u8;
+        Ok(())
+    }
+
+    fn refer_sectors(
+        &mut self,
+        format: &Format,
+        first: usize,
+        count: usize,
+        what: &str,
+    ) -> Result<(), String> {
+        let per_cluster = format.sectors();
+        for cluster in first / per_cluster..(first + count).div_ceil(per_cluster) {
+            self.refer(cluster, Use::Fixed, what)?;
         }
-        let cluster = size(offset >> header.bits);
-        self.refer(cluster, header, what)?;
-        Ok(Some(cluster))
+        Ok(())
     }
 
     /// Reads all refcounts; returns how many count clusters behind the end of the file.
     fn read_refcounts(
         &mut self,
         state: &State,
-        header: &Header,
+        format: &Format,
         top: &mut u64,
     ) -> Result<u64, String> {
-        let per_cluster = (1 << header.bits) / SECTOR;
         let mut behind = 0;
-        for sector in 0..header.table_sectors {
-            let id = state.sector(header.table + sector);
+        for sector in 0..format.table.1 {
+            let id = state.sector(format.table.0 + sector);
             if id == SectorId::ZERO {
                 continue;
             }
@@ -186,15 +234,14 @@ impl Judge {
                 if word & 0x1ff != 0 {
                     return Err(std::format!("refcount table entry {word:#x}: reserved bits"));
                 }
-                let Some(block) = self.pointer(word, header, "a refcount table entry")? else {
-                    continue;
-                };
-                let base = (sector * WORDS + at) << (header.bits - 1);
-                for step in 0..per_cluster {
-                    let id = state.sector(block * per_cluster + step);
+                let what = "a refcount table entry";
+                let Some(block) = self.pointer(word, format, Use::Fixed, what)? else { continue };
+                let base = (sector * WORDS + at) << format.block_bits();
+                for step in 0..format.sectors() {
+                    let id = state.sector(block * format.sectors() + step);
                     if id != SectorId::ZERO {
-                        let words = state.pool.words(id);
-                        behind += self.read_block(words, base + step * WORDS * 4);
+                        let base = base + step * format.counts_per_sector();
+                        behind += self.read_block(format, state.pool.words(id), base);
                     }
                 }
             }
@@ -202,13 +249,14 @@ impl Judge {
         Ok(behind)
     }
 
-    fn read_block(&mut self, words: &[u64; WORDS], base: usize) -> u64 {
+    fn read_block(&mut self, format: &Format, words: &[u64; WORDS], base: usize) -> u64 {
         let mut behind = 0;
+        let per_word = format.counts_per_word();
         for (at, &word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
-            for lane in 0..4 {
-                let count = u16::try_from((word >> (48 - 16 * lane)) & 0xffff).expect("16 bits");
-                match self.counts.get_mut(base + at * 4 + lane) {
-                    Some(slot) => *slot = count,
+            for lane in 0..per_word {
+                let count = format.count_in(word, lane);
+                match self.clusters.get_mut(base + at * per_word + lane) {
+                    Some(cluster) => cluster.count = count,
                     None => behind += u64::from(count != 0),
                 }
             }
@@ -216,84 +264,20 @@ impl Judge {
         behind
     }
 
-    fn read_l1(&mut self, state: &State, header: &Header, top: &mut u64) -> Result<(), String> {
-        self.content.clear();
-        self.content.extend(state.backing.iter().take(header.guest_sectors));
-        self.content.resize(header.guest_sectors, SectorId::ZERO);
-        for sector in 0..(header.l1_entries * 8).div_ceil(SECTOR) {
-            let id = state.sector(header.l1 + sector);
-            if id == SectorId::ZERO {
-                continue;
-            }
-            *top ^= mix(state.pool.hash(id), (sector as u64) << 1 | 1);
-            let left = header.l1_entries - sector * WORDS;
-            for (at, &word) in state.pool.words(id).iter().enumerate().take(left) {
-                if word & !(0x00ff_ffff_ffff_fe00 | COPIED) != 0 {
-                    return Err(std::format!("an L1 entry is {word:#x}: reserved bits"));
-                }
-                let Some(table) = self.pointer(word, header, "an L1 entry")? else { continue };
-                self.copied.push((table, word & COPIED != 0));
-                self.read_l2(state, header, sector * WORDS + at, table)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn read_l2(
-        &mut self,
-        state: &State,
-        header: &Header,
-        index: usize,
-        table: usize,
-    ) -> Result<(), String> {
-        let per_cluster = (1 << header.bits) / SECTOR;
-        let base = index << (header.bits - 3);
-        for step in 0..per_cluster {
-            let id = state.sector(table * per_cluster + step);
-            if id == SectorId::ZERO {
-                continue;
-            }
-            let words = state.pool.words(id);
-            for (at, &word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
-                let mut reserved = 0x3f00_0000_0000_01fe;
-                if header.version < 3 {
-                    reserved |= ZERO;
-                }
-                if word & (reserved | COMPRESSED) != 0 {
-                    return Err(std::format!("an L2 entry is {word:#x}: reserved bits"));
-                }
-                let host = self.pointer(word, header, "an L2 entry")?;
-                if let Some(host) = host {
-                    self.copied.push((host, word & COPIED != 0));
-                } else if word & COPIED != 0 {
-                    return Err(std::format!("an L2 entry is {word:#x}: COPIED without offset"));
-                }
-                let place = (base + step * WORDS + at) * per_cluster;
-                for within in 0..per_cluster.min(header.guest_sectors.saturating_sub(place)) {
-                    self.content[place + within] = match host {
-                        Some(host) if word & ZERO == 0 => state.sector(host * per_cluster + within),
-                        _ => SectorId::ZERO,
-                    };
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Refcounts against references, and COPIED; returns how many clusters are leaked.
     fn compare(&self) -> Result<u64, String> {
         let mut leaks = 0;
-        for (cluster, (&count, &references)) in self.counts.iter().zip(&self.references).enumerate()
-        {
-            if count < references {
+        for (number, cluster) in self.clusters.iter().enumerate() {
+            let Cluster { count, references, .. } = *cluster;
+            if count < references.into() {
                 return Err(std::format!(
-                    "cluster {cluster} is referenced {references} times, refcount {count}"
+                    "cluster {number} is referenced {references} times, refcount {count}"
                 ));
             }
-            leaks += u64::from(count > references);
+            leaks += u64::from(count > references.into());
         }
         for &(cluster, copied) in &self.copied {
-            let count = self.counts[cluster];
+            let count = self.clusters[cluster].count;
             if (count == 1) != copied {
                 return Err(std::format!(
                     "an entry to cluster {cluster}: COPIED is {copied}, refcount {count}"
@@ -302,4 +286,17 @@ impl Judge {
         }
         Ok(leaks)
     }
+}
+
+/// Does every sector hold what it may?
+fn wanted(content: &[SectorId], what: &str, pool: &Pool, demand: &Demand) -> Result<(), String> {
+    for (place, &id) in content.iter().enumerate() {
+        if !demand.of(place).contains(&id) {
+            let may = demand.of(place).iter().map(|&id| describe(pool, id));
+            let may: Vec<String> = may.collect();
+            let found = describe(pool, id);
+            return Err(std::format!("{what} {place} holds {found}; it may: {may:?}"));
+        }
+    }
+    Ok(())
 }

@@ -18,6 +18,7 @@
 //! | [`world`], [`image`] | an engine and its disk; images made in code |
 //! | [`guest`] | what each guest sector may hold, now and after a crash |
 //! | [`cuts`], [`judge`] | the states a crash may leave, and whether one is right |
+//! | [`format`] | what headers and table words say, for judge and rules |
 //! | [`workload`], [`run`] | mixes of requests, and one seeded run of one |
 //! | [`explore`], [`seen`] | many runs, all their crashes; which states were judged before |
 //! | [`fuzz`] | damaged images and requests, as a fuzzer chooses them |
@@ -28,6 +29,7 @@ pub mod cuts;
 pub mod disk;
 pub mod explore;
 pub mod faults;
+pub(crate) mod format;
 pub mod fuzz;
 pub mod guest;
 pub mod image;

@@ -9,11 +9,13 @@
 //! Judging all states of a crash would find most of these too. But a broken rule is found in the
 //! run itself, whatever states are picked, and says at once which edge is missing.
 
+use std::rc::Rc;
 use std::string::String;
 use std::vec::Vec;
 
 use crate::op::OpKind;
-use crate::testing::disk::{Disk, Structure};
+use crate::testing::disk::{Change, Disk, Structure};
+use crate::testing::format::{COMPRESSED, COPIED, Unit};
 use crate::testing::pool::{SECTOR, SectorId, WORDS};
 use crate::testing::size;
 
@@ -21,14 +23,7 @@ mod layout;
 #[cfg(test)]
 mod tests;
 
-use layout::{Layout, Reference, pointer};
-
-/// Bit 63: the refcount is exactly one.
-pub(crate) const COPIED: u64 = 1 << 63;
-/// Bit 62 of an L2 entry: compressed.
-pub(crate) const COMPRESSED: u64 = 1 << 62;
-/// Bit 0 of an L2 entry: reads as zeros.
-pub(crate) const ZERO: u64 = 1;
+use layout::{From, Layout, Reference};
 
 /// A rule was broken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,18 +91,30 @@ fn refuse<T>(rule: &'static str, detail: String) -> Result<T, Broken> {
 }
 
 /// What the rules remember beyond what the disk does.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Rules {
     /// A metadata write or a sync has failed.
     pub(crate) latched: bool,
     /// A sync has succeeded since the image was opened.
     pub(crate) synced: bool,
+    /// What snapshots refer to.
+    kept: Rc<[Reference]>,
 }
 
 /// Says what a guest sector may hold if power is cut now.
 type Legal<'a> = &'a dyn Fn(u64, SectorId) -> bool;
 
 impl Rules {
+    /// For a disk as it is before anything is written.
+    pub(crate) fn of(disk: &Disk) -> Self {
+        Self { kept: Rc::from(layout::of_snapshots(disk)), ..Self::default() }
+    }
+
+    /// The process has died.
+    pub(crate) fn death(&mut self) {
+        (self.latched, self.synced) = (false, false);
+    }
+
     /// What an operation is about.
     pub(crate) fn structure(disk: &Disk, submitted: &Submitted) -> Structure {
         let Some(sectors) = submitted.writes() else { return Structure::Data };
@@ -132,8 +139,9 @@ impl Rules {
         }
         disk.no_overlap(submitted)?;
         let layout = Layout::of(disk);
+        self.check_kept(&layout, submitted)?;
         match submitted.kind {
-            OpKind::MetaWrite { .. } => layout.check_metadata(disk, submitted, legal),
+            OpKind::MetaWrite { .. } => layout.check_metadata(disk, submitted, (legal, &self.kept)),
             OpKind::Write { .. } | OpKind::WriteZeros { .. } | OpKind::CopyWrite { .. } => {
                 layout.check_data(disk, submitted)
             }
@@ -142,35 +150,63 @@ impl Rules {
             _ => Ok(()),
         }
     }
+
+    /// What a snapshot refers to is never written.
+    fn check_kept(&self, layout: &Layout, submitted: &Submitted) -> Verdict {
+        let per_cluster = layout.format.sectors();
+        let sectors = match submitted.kind {
+            OpKind::Truncate { to } => size(to) / SECTOR..usize::MAX,
+            _ => submitted.writes().unwrap_or(0..0),
+        };
+        let clusters = sectors.start / per_cluster..sectors.end.div_ceil(per_cluster);
+        let hit = self.kept.iter().find(|kept| clusters.contains(&size(kept.cluster)));
+        hit.map_or(Ok(()), |kept| {
+            let detail = std::format!("{:?} hits {kept:?}", submitted.kind);
+            refuse("what a snapshot refers to never changes", detail)
+        })
+    }
+}
+
+/// The parts of `new` words that differ, `step` at a time: their number, and what they are now.
+fn changed(new: &[u64; WORDS], old: &[u64; WORDS], step: usize) -> Vec<(usize, [u64; 2])> {
+    let differs = |at: &usize| new[*at..at + step] != old[*at..at + step];
+    let entry = |at: usize| (at / step, [new[at], if step == 2 { new[at + 1] } else { 0 }]);
+    (0..WORDS).step_by(step).filter(differs).map(entry).collect()
 }
 
 impl Layout {
-    fn check_metadata(&self, disk: &Disk, submitted: &Submitted, legal: Legal) -> Verdict {
+    fn check_metadata(
+        &self,
+        disk: &Disk,
+        submitted: &Submitted,
+        (legal, kept): (Legal, &[Reference]),
+    ) -> Verdict {
         let first = submitted.writes().expect("a write").start;
         let pool = disk.pool().borrow();
         for (sector, &id) in (first..).zip(&submitted.payload) {
             let durable = *pool.words(disk.durable.get(sector).copied().unwrap_or_default());
             let words = *pool.words(id);
-            let new = (0..WORDS).filter(|&word| words[word] != durable[word]);
             match self.structure(sector) {
                 Structure::L2 => {
                     let base = self.guest_cluster_of(sector);
-                    for word in new {
-                        self.check_entry(disk, base + word as u64, words[word], legal)?;
+                    for (at, entry) in changed(&words, &durable, self.format.entry_words()) {
+                        self.check_entry(disk, base + at as u64, entry, legal)?;
                     }
                 }
                 Structure::L1 => {
                     let base = (sector - self.l1.start) * WORDS;
-                    for word in new {
-                        self.check_link(disk, (base + word) as u64, words[word], legal)?;
+                    for (at, [word, _]) in changed(&words, &durable, 1) {
+                        self.check_link(disk, (base + at) as u64, word, legal)?;
                     }
                 }
                 Structure::RefcountTable => {
-                    for word in new {
-                        self.check_block(disk, sector, word, words[word])?;
+                    for (at, [word, _]) in changed(&words, &durable, 1) {
+                        self.check_block(disk, sector, at, word)?;
                     }
                 }
-                Structure::RefcountBlock => self.check_refcounts(disk, sector, &words, &durable)?,
+                Structure::RefcountBlock => {
+                    self.check_refcounts(disk, sector, (&words, &durable), kept)?;
+                }
                 Structure::Header => self.check_header(disk, sector, &words, &durable)?,
                 Structure::NewTable | Structure::Data => {}
             }
@@ -179,18 +215,30 @@ impl Layout {
     }
 
     /// A new L2 entry for guest cluster `guest`.
-    fn check_entry(&self, disk: &Disk, guest: u64, word: u64, legal: Legal) -> Verdict {
-        if word & COMPRESSED != 0 {
+    fn check_entry(&self, disk: &Disk, guest: u64, entry: [u64; 2], legal: Legal) -> Verdict {
+        let format = &self.format;
+        if format.data_file {
+            // The data file is another disk: the judge sees to it.
             return Ok(());
         }
-        let Some(cluster) = self.checked_pointer(disk, "an L2 entry", word)? else {
+        if entry[0] & COMPRESSED != 0 {
+            let lost = |cluster: &u64| self.refcounts(disk, *cluster).contains(&0);
+            return match format.counted(entry[0]).find(lost) {
+                None => Ok(()),
+                Some(cluster) => refuse(
+                    "what an entry points to has a durable refcount",
+                    std::format!("compressed entry {:#x}, cluster {cluster}", entry[0]),
+                ),
+            };
+        }
+        let Some(cluster) = self.checked_pointer(disk, "an L2 entry", entry[0])? else {
             return Ok(());
         };
-        if word & ZERO != 0 {
-            return Ok(());
-        }
-        let per_cluster = self.sectors_per_cluster();
+        let per_cluster = format.sectors();
         for step in 0..per_cluster {
+            if format.unit(entry, step * format.units() / per_cluster) != Unit::Data {
+                continue;
+            }
             let place = guest * per_cluster as u64 + step as u64;
             let sector = size(cluster) * per_cluster + step;
             if let Some(id) = disk.possible(sector).find(|&id| !legal(place, id)) {
@@ -206,7 +254,7 @@ impl Layout {
 
     /// Refcount, COPIED and end of file of what an L1 or L2 word points to.
     fn checked_pointer(&self, disk: &Disk, what: &str, word: u64) -> Result<Option<u64>, Broken> {
-        let Some(cluster) = pointer(word, self.bits) else { return Ok(None) };
+        let Some(cluster) = self.format.pointer(word) else { return Ok(None) };
         let refcounts = self.refcounts(disk, cluster);
         let detail = || std::format!("{what} {word:#x}, refcounts that may be: {refcounts:?}");
         if refcounts.contains(&0) {
@@ -215,7 +263,7 @@ impl Layout {
         if refcounts.iter().any(|&count| (count == 1) != (word & COPIED != 0)) {
             return refuse("COPIED is set exactly where the refcount is 1", detail());
         }
-        if cluster << self.bits >= disk.least_len() {
+        if cluster << self.format.bits >= disk.least_len() {
             let detail = std::format!("{what} {word:#x}, the file may have {}", disk.least_len());
             return refuse("what is referenced begins inside the durable file", detail);
         }
@@ -227,7 +275,7 @@ impl Layout {
         let Some(cluster) = self.checked_pointer(disk, "an L1 entry", word)? else {
             return Ok(());
         };
-        let per_cluster = self.sectors_per_cluster();
+        let (format, per_cluster) = (&self.format, self.format.sectors());
         let sectors = size(cluster) * per_cluster..(size(cluster) + 1) * per_cluster;
         let slot = self.l1.start + size(index) / WORDS;
         let pool = disk.pool().borrow();
@@ -235,16 +283,23 @@ impl Layout {
             let old = pool.words(id)[size(index) % WORDS];
             old == 0 || old == word
         });
-        if !first && !sectors.clone().all(|sector| layout::is_settled(disk, sector)) {
+        // Entries that have changed since the copy was made are looked at below.
+        let copying = |change: &Change| {
+            let touched = change.what.sectors(usize::MAX);
+            change.structure == Structure::Data
+                && touched.start < sectors.end
+                && touched.end > sectors.start
+        };
+        if !first && disk.changes().iter().any(copying) {
             let detail = std::format!("L1 entry {index} becomes {word:#x}");
             return refuse("a copy of an L2 table is durable before it is linked", detail);
         }
         // A first table may have missing sectors; whatever it has must be right.
-        for (step, sector) in sectors.enumerate() {
+        for (step, sector) in sectors.clone().enumerate() {
+            let base = size(index) * format.entries() + step * WORDS / format.entry_words();
             for id in disk.possible(sector) {
-                for (at, &entry) in pool.words(id).iter().enumerate() {
-                    let guest = index * self.entries() + (step * WORDS + at) as u64;
-                    self.check_entry(disk, guest, entry, legal)?;
+                for (at, entry) in format.entries_of(pool.words(id)) {
+                    self.check_entry(disk, (base + at) as u64, entry, legal)?;
                 }
             }
         }
@@ -259,17 +314,17 @@ impl Layout {
         if disk.possible(sector).any(|id| ![0, value].contains(&pool.words(id)[word])) {
             return refuse("a refcount block stays where it is", detail("another is there"));
         }
-        let Some(cluster) = pointer(value, self.bits) else { return Ok(()) };
+        let Some(cluster) = self.format.pointer(value) else { return Ok(()) };
         self.check_new_block(disk, cluster).map_err(|why| Broken::new(rule, detail(why)))
     }
 
     fn check_new_block(&self, disk: &Disk, cluster: u64) -> Result<(), &'static str> {
-        let per_cluster = self.sectors_per_cluster();
+        let per_cluster = self.format.sectors();
         let mut sectors = size(cluster) * per_cluster..(size(cluster) + 1) * per_cluster;
         if !sectors.all(|sector| layout::is_settled(disk, sector)) {
             return Err("some of it may be lost");
         }
-        if cluster << self.bits >= disk.least_len() {
+        if cluster << self.format.bits >= disk.least_len() {
             return Err("it may lie outside the file");
         }
         Ok(())
@@ -280,26 +335,37 @@ impl Layout {
         &self,
         disk: &Disk,
         sector: usize,
-        words: &[u64; WORDS],
-        durable: &[u64; WORDS],
+        (words, durable): (&[u64; WORDS], &[u64; WORDS]),
+        kept: &[Reference],
     ) -> Verdict {
-        let base = self.counted_from(sector);
-        let references = self.references(disk);
-        for (at, (&new, &old)) in words.iter().zip(durable).enumerate() {
-            if new == old {
+        let (base, lanes) = (self.counted_from(sector), self.format.counts_per_word());
+        let mut references = self.references(disk);
+        references.extend(kept);
+        references.sort_unstable_by_key(|reference| (reference.cluster, reference.from));
+        for group in references.chunk_by(|one, other| one.cluster == other.cluster) {
+            let cluster = group[0].cluster;
+            let Some(at) = cluster.checked_sub(base).map(size) else { continue };
+            let at = (at / lanes, at % lanes);
+            if at.0 >= WORDS || words[at.0] == durable[at.0] {
                 continue;
             }
-            for lane in 0..4 {
-                let cluster = base + (at * 4 + lane) as u64;
-                let count = (new >> (48 - 16 * lane)) & 0xffff;
-                let mine = |reference: &&Reference| reference.cluster == cluster;
-                let Some(reference) = references.iter().find(mine) else { continue };
-                let detail = || std::format!("refcount {count} under {reference:?}");
-                if count == 0 {
-                    return refuse("an unlinking is durable before the refcount falls", detail());
-                }
-                if reference.copied && count != 1 {
-                    return refuse("no refcount is raised under a COPIED entry", detail());
+            let count = self.format.count_in(words[at.0], at.1);
+            let detail = || std::format!("refcount {count} under {group:?}");
+            // Of an entry there may be several versions, but only one at a time.
+            let most = group.chunk_by(|one, other| one.from == other.from).count();
+            if count < most as u64 {
+                return refuse("an unlinking is durable before the refcount falls", detail());
+            }
+            for Reference { copied, from, .. } in group {
+                match from {
+                    From::L1(_) | From::Guest(_) if *copied && count != 1 => {
+                        return refuse("no refcount is raised under a COPIED entry", detail());
+                    }
+                    From::L1(_) | From::Guest(_) if !copied && count == 1 => {
+                        let rule = "no refcount falls to 1 under an entry without COPIED";
+                        return refuse(rule, detail());
+                    }
+                    _ => {}
                 }
             }
         }
@@ -349,14 +415,14 @@ impl Layout {
                     }
                     _ => {}
                 }
-                let Some(cluster) = pointer(value, self.bits) else { continue };
+                let Some(cluster) = self.format.pointer(value) else { continue };
                 self.check_new_block(disk, cluster)
                     .map_err(|why| Broken::new(rule, std::format!("block {cluster}: {why}")))?;
             }
         }
-        let mine = size(table.start as u64) / self.sectors_per_cluster();
-        for cluster in mine as u64..(table.end / self.sectors_per_cluster()) as u64 {
-            if layout::refcounts_through(disk, &table, cluster, self.bits).contains(&0) {
+        let mine = size(table.start as u64) / self.format.sectors();
+        for cluster in mine as u64..(table.end / self.format.sectors()) as u64 {
+            if layout::refcounts_through(disk, &table, cluster, &self.format).contains(&0) {
                 return refuse(rule, std::format!("cluster {cluster} of it is not counted"));
             }
         }
@@ -366,20 +432,24 @@ impl Layout {
     /// A write of guest bytes, or of zeros.
     fn check_data(&self, disk: &Disk, submitted: &Submitted) -> Verdict {
         let sectors = submitted.writes().expect("a write");
-        let per_cluster = self.sectors_per_cluster();
+        let per_cluster = self.format.sectors();
         let clusters = sectors.start / per_cluster..sectors.end.div_ceil(per_cluster);
         self.not_metadata(&clusters, submitted)?;
         let Some(guest) = submitted.guest else { return Ok(()) };
         let rule = "a cluster is not written for another guest cluster while it may be referenced";
         for reference in self.references(disk) {
             let cluster = size(reference.cluster);
-            let Some(owner) = reference.guest else { continue };
             if !clusters.contains(&cluster) {
                 continue;
             }
             let here = (cluster * per_cluster).max(sectors.start);
             let mine = (guest + (here - sectors.start) as u64) / per_cluster as u64;
-            if owner != mine {
+            let wrong = match reference.from {
+                From::Guest(owner) => owner != mine || !reference.copied,
+                From::Compressed(_) => true,
+                _ => false,
+            };
+            if wrong {
                 return refuse(rule, std::format!("{:?} under {reference:?}", submitted.kind));
             }
         }
@@ -395,7 +465,7 @@ impl Layout {
 
     fn not_metadata(&self, clusters: &core::ops::Range<usize>, submitted: &Submitted) -> Verdict {
         for cluster in clusters.clone() {
-            let structure = self.structure(cluster * self.sectors_per_cluster());
+            let structure = self.structure(cluster * self.format.sectors());
             if structure != Structure::NewTable {
                 let detail = std::format!("{:?} hits {structure:?}", submitted.kind);
                 return refuse("guest data is never written where metadata lies", detail);
@@ -407,7 +477,7 @@ impl Layout {
     /// A cluster that nothing refers to is punched, or zeroed on its way into the reservation.
     fn check_punch(&self, disk: &Disk, submitted: &Submitted) -> Verdict {
         let sectors = submitted.writes().expect("a punch");
-        let per_cluster = self.sectors_per_cluster();
+        let per_cluster = self.format.sectors();
         let clusters = sectors.start / per_cluster..sectors.end.div_ceil(per_cluster);
         self.not_metadata(&clusters, submitted)?;
         let detail = |what: &str| std::format!("{:?}: {what}", submitted.kind);
@@ -432,7 +502,7 @@ impl Layout {
     }
 
     fn check_truncate(&self, disk: &Disk, to: u64) -> Verdict {
-        let behind = |cluster: u64| cluster << self.bits >= to;
+        let behind = |cluster: u64| cluster << self.format.bits >= to;
         let referenced = self.references(disk).into_iter().find(|it| behind(it.cluster));
         if let Some(reference) = referenced {
             let detail = std::format!("{reference:?} behind {to}");

@@ -10,11 +10,12 @@ use crate::op::{OpKind, Request};
 use crate::report::Health;
 use crate::testing::disk::Disk;
 use crate::testing::guest::{Demand, Guest, describe};
+use crate::testing::image::Setting;
 use crate::testing::judge::{Judge, State};
 use crate::testing::pool::{SECTOR, SectorId, SharedPool};
 use crate::testing::prng::Prng;
 use crate::testing::workload::Workload;
-use crate::testing::world::{Beneath, World};
+use crate::testing::world::World;
 
 /// Where the image is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,8 +45,8 @@ pub struct Run {
     pub guest: Guest,
     /// The mix and the image.
     pub workload: Workload,
-    /// What lies beneath, in sectors.
-    pub beneath: Rc<[SectorId]>,
+    /// What is around the image, or in it, and never changes.
+    pub setting: Rc<Setting>,
     pool: SharedPool,
     prng: Prng,
     stage: Stage,
@@ -83,33 +84,33 @@ impl Run {
     /// If the image does not open.
     pub fn new(workload: &Workload, seed: u64, pool: &SharedPool) -> Told<Self> {
         let made = workload.image.make(&mut pool.borrow_mut());
-        let beneath = made.backing.map(Beneath::raw).into_iter().collect();
         let disk = Disk::sharing(&made.bytes, pool);
-        Self::on(workload, seed, (disk, beneath), &made.content, 0)
+        let data = made.data.map(|bytes| Disk::sharing(&bytes, pool));
+        let setting = Rc::new(made.setting);
+        Self::on(workload, seed, (disk, data, setting), &made.content, 0)
     }
 
-    /// Begins on a disk and the file beneath it, in which the guest finds `content`.
+    /// Begins on a disk, and perhaps one for the data file, in which the guest finds `content`.
     ///
     /// # Errors
     /// If the image does not open.
     pub fn on(
         workload: &Workload,
         seed: u64,
-        (mut disk, files): (Disk, Vec<Beneath>),
+        (mut disk, data, setting): (Disk, Option<Disk>, Rc<Setting>),
         content: &[SectorId],
         leaks: u64,
     ) -> Told<Self> {
         disk.watch();
         let pool = SharedPool::clone(disk.pool());
-        let beneath = sectors_of(files.first().map(|file| &*file.bytes), &pool);
-        let mut world = World::open_on(disk, files, None, &workload.options)
+        let mut world = World::open_on(disk, setting.files.clone(), data, &workload.options)
             .map_err(|error| format!("the image does not open: {error}"))?;
-        world.plain = !workload.punch;
+        (world.plain, world.full) = (!workload.punch, workload.options.fixed_size);
         let mut run = Self {
             world,
             guest: Guest::new(content),
             workload: workload.clone(),
-            beneath,
+            setting,
             pool,
             prng: Prng::new(seed),
             stage: Stage::Opening,
@@ -127,6 +128,25 @@ impl Run {
         };
         run.world.pump(None);
         Ok(run)
+    }
+
+    /// The same image, after a crash that has left these sectors, length, and data file.
+    ///
+    /// # Errors
+    /// If the image does not open.
+    pub(crate) fn after_crash(
+        &self,
+        seed: u64,
+        (sectors, len, data): (Vec<SectorId>, u64, Vec<SectorId>),
+        content: &[SectorId],
+        leaks: u64,
+    ) -> Told<Self> {
+        let disk = Disk::of_sectors(sectors, len, &self.pool);
+        let data_len = (data.len() * SECTOR) as u64;
+        let has_data = self.world.data.is_some();
+        let data = has_data.then(|| Disk::of_sectors(data, data_len, &self.pool));
+        let setting = Rc::clone(&self.setting);
+        Self::on(&self.workload, seed, (disk, data, setting), content, leaks)
     }
 
     /// Injects a fault.
@@ -153,6 +173,12 @@ impl Run {
                 trace.push(line);
             }
         }
+    }
+
+    /// Grows whenever what a crash may leave changes.
+    pub(crate) fn generation(&self) -> (u64, u64) {
+        let data = self.world.data.as_ref().map_or(0, Disk::generation);
+        (self.world.disk.generation() + data, self.guest.generation())
     }
 
     /// What a crash now may leave.
@@ -275,7 +301,8 @@ impl Run {
     fn complete_one(&mut self) -> Told<()> {
         let in_flight = self.world.in_flight.len();
         if in_flight == 0 {
-            return Err("nothing is in flight, and the engine does not go on".into());
+            let waits = self.world.engine.waits();
+            return Err(format!("nothing is in flight, and the engine does not go on: {waits}"));
         }
         let index = self.prng.index(in_flight);
         let short = self.prng.one_in(30);
@@ -368,7 +395,10 @@ impl Run {
             drop(pool);
             let excused = self.faulted || self.workload.errors != 0;
             if let (Err(kind), false) = (reply.result, excused) {
-                return Err(format!("{request:?} was answered with {kind}, but nothing failed"));
+                let health = self.world.engine.health();
+                return Err(format!(
+                    "{request:?} was answered with {kind}, but nothing failed; {health:?}"
+                ));
             }
             if request == Request::Flush {
                 let at = self.flushes.iter().position(|&(tag, _)| tag == reply.tag);
@@ -391,8 +421,13 @@ impl Run {
     fn state_of_view(&mut self) -> Told<u64> {
         let pool = self.pool.borrow();
         let disk = &self.world.disk;
-        let state =
-            State { pool: &pool, sectors: disk.sectors(), len: disk.len(), backing: &self.beneath };
+        let state = State {
+            pool: &pool,
+            sectors: disk.sectors(),
+            len: disk.len(),
+            data: self.world.data.as_ref().map_or(&[], Disk::sectors),
+            setting: &self.setting,
+        };
         Ok(self.judge.check(state)?.leaks)
     }
 
@@ -420,10 +455,12 @@ impl Run {
     fn die(&mut self) -> Told<()> {
         self.tell(|run| format!("the process dies; in flight: {:?}", kinds(&run.world)));
         self.leaks_before = self.most_leaks();
-        let mut disk = self.world.disk.clone();
-        disk.death(&mut self.prng);
+        self.world.disk.death(&mut self.prng);
+        if let Some(data) = &mut self.world.data {
+            data.death(&mut self.prng);
+        }
         self.guest.death();
-        self.reopen(disk)
+        self.reopen()
     }
 
     fn closed(&mut self) -> Told<()> {
@@ -444,18 +481,18 @@ impl Run {
                 return Err("the engine is closed, but the disk works on".into());
             }
         }
-        let disk = self.world.disk.clone();
         self.guest.death();
-        self.reopen(disk)
+        self.reopen()
     }
 
-    fn reopen(&mut self, disk: Disk) -> Told<()> {
-        let mut disk = disk;
+    fn reopen(&mut self) -> Told<()> {
+        let (mut disk, data) = (self.world.disk.clone(), self.world.data.take());
         disk.watch();
+        let (plain, full) = (self.world.plain, self.world.full);
         let beneath = core::mem::take(&mut self.world.beneath);
-        self.world = World::open_on(disk, beneath, None, &self.workload.options)
+        self.world = World::open_on(disk, beneath, data, &self.workload.options)
             .map_err(|error| format!("the image does not open again: {error}"))?;
-        self.world.plain = !self.workload.punch;
+        (self.world.plain, self.world.full) = (plain, full);
         self.stage = Stage::Opening;
         self.flushes.clear();
         self.allocated_at_flush = 0;
@@ -522,11 +559,6 @@ impl Run {
         self.guest.check_content(self.judge.content(), &self.pool.borrow())?;
         Ok(leaks)
     }
-}
-
-fn sectors_of(bytes: Option<&[u8]>, pool: &SharedPool) -> Rc<[SectorId]> {
-    let mut pool = pool.borrow_mut();
-    bytes.unwrap_or_default().chunks(SECTOR).map(|sector| pool.intern(sector)).collect()
 }
 
 fn kinds(world: &World) -> Vec<OpKind> {

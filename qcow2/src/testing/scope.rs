@@ -12,7 +12,8 @@ use std::string::String;
 use std::vec::Vec;
 
 use crate::op::Request;
-use crate::testing::cuts::Cuts;
+use crate::testing::cuts::{Cut, Cuts};
+use crate::testing::disk::Disk;
 use crate::testing::guest::Demand;
 use crate::testing::image::ImageSpec;
 use crate::testing::judge::{Judge, State};
@@ -143,8 +144,8 @@ impl Search {
     fn key(&self, run: &Run, submitted: usize) -> u64 {
         let mut digest = Digest(submitted as u64);
         let (engine, guest, disk) = (&run.world.engine, &run.guest, &run.world.disk);
-        let in_flight = &run.world.in_flight;
-        write!(digest, "{engine:?}{guest:?}{in_flight:?}{:?}", disk.digest())
+        let (in_flight, data) = (&run.world.in_flight, run.world.data.as_ref().map(Disk::digest));
+        write!(digest, "{engine:?}{guest:?}{in_flight:?}{:?}{data:?}", disk.digest())
             .expect("a digest takes everything");
         digest.0
     }
@@ -154,11 +155,12 @@ impl Search {
         let pool = run.world.disk.pool().borrow();
         let mut wrong = Ok(());
         let Self { cuts, judge, demand, judged, scope, .. } = self;
-        cuts.visit(&run.world.disk, 1, &mut |cut, _| {
+        let (disk, data) = (&run.world.disk, run.world.data.as_ref());
+        cuts.visit(disk, data, 1, &mut |cut, _| {
             if judged.insert(mix(cut.hash, demand.hash)) {
                 scope.states += 1;
-                let backing = &run.beneath;
-                let state = State { pool: &pool, sectors: cut.sectors, len: cut.len, backing };
+                let Cut { sectors, len, data, .. } = cut;
+                let state = State { pool: &pool, sectors, len, data, setting: &run.setting };
                 wrong = judge.judge(state, demand).map(|_| ());
             }
             wrong.is_ok()

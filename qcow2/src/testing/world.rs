@@ -14,7 +14,7 @@ use crate::options::Options;
 use crate::report::Health;
 use crate::testing::disk::Disk;
 use crate::testing::guest::Guest;
-use crate::testing::image::inflate_stored;
+use crate::testing::image::inflate;
 use crate::testing::pool::{SECTOR, SectorId};
 use crate::testing::rules::{Broken, Submitted};
 use crate::testing::size;
@@ -28,8 +28,8 @@ pub struct World {
     pub disk: Disk,
     /// What lies beneath, from the top.
     pub beneath: Vec<Beneath>,
-    /// The external data file. Writes to it are carried out when they complete, and stay.
-    pub data: Option<Vec<u8>>,
+    /// The external data file: a disk of its own, with syncs of its own.
+    pub data: Option<Disk>,
     /// Operations that were handed out and have not completed, in the order of submission.
     pub in_flight: Vec<Op>,
     /// The buffer of each tag.
@@ -94,7 +94,7 @@ fn part_of(bytes: &[u8], offset: u64, len: usize) -> &[u8] {
 pub fn open_image(
     disk: &Disk,
     beneath: &[Beneath],
-    data: Option<&[u8]>,
+    data: Option<u64>,
     read_only: bool,
 ) -> Result<Image, OpenError> {
     let read = |offset: u64, len: usize| {
@@ -108,9 +108,18 @@ pub fn open_image(
     let part = |extent: crate::Extent| read(extent.offset, size(extent.len));
     let (l1, refcounts) = (part(header.l1_extent()), part(header.refcount_table_extent()));
     let layers = beneath.iter().map(Beneath::layer).collect::<Result<_, _>>()?;
-    let image = Image::new(header, &l1, &refcounts, disk.len())?.with_layers(layers)?;
+    let snapshots = header.snapshots();
+    let mut image = Image::new(header, &l1, &refcounts, disk.len())?.with_layers(layers)?;
+    if let Some(table) = snapshots {
+        let bytes = read(table.offset, SECTOR);
+        let found = table.snapshots(&bytes)?.expect("the table is one sector");
+        image.protect(crate::Extent { offset: table.offset, len: bytes.len() as u64 });
+        for snapshot in found {
+            image.protect(snapshot.l1);
+        }
+    }
     Ok(match data {
-        Some(data) => image.with_data_file(data.len() as u64),
+        Some(len) => image.with_data_file(len),
         None => image,
     })
 }
@@ -144,10 +153,11 @@ impl World {
     pub fn open_on(
         disk: Disk,
         beneath: Vec<Beneath>,
-        data: Option<Vec<u8>>,
+        data: Option<Disk>,
         options: &Options,
     ) -> Result<Self, OpenError> {
-        let image = open_image(&disk, &beneath, data.as_deref(), options.read_only)?;
+        let len = data.as_ref().map(Disk::len);
+        let image = open_image(&disk, &beneath, len, options.read_only)?;
         let engine = Engine::new(image, options)?;
         let depth = usize::from(options.depth);
         let copies = vec![vec![0xbb; COPY_BUFFER as usize]; engine.copy_buffers()];
@@ -190,13 +200,23 @@ impl World {
     /// Takes what the engine has to say.
     pub fn pump(&mut self, guest: Option<&Guest>) {
         while let Some(op) = self.engine.next_op(0) {
-            if op.file == FileId::Image {
-                self.disk.can_punch = !self.plain;
-                let submitted = self.submitted(op);
-                let legal = |sector, id| guest.is_none_or(|guest| guest.is_legal(sector, id));
-                if let Err(broken) = self.disk.submit(op.id, &submitted, &legal) {
-                    self.broken.get_or_insert(broken);
+            let submitted = self.submitted(op);
+            let legal = |sector, id| guest.is_none_or(|guest| guest.is_legal(sector, id));
+            match (op.file, &mut self.data) {
+                (FileId::Image, data) => {
+                    self.disk.can_punch = !self.plain;
+                    self.disk.follow(data.as_ref());
+                    if let Err(broken) = self.disk.submit(op.id, &submitted, &legal) {
+                        self.broken.get_or_insert(broken);
+                    }
                 }
+                (FileId::Data, Some(data)) => {
+                    data.can_punch = !self.plain;
+                    data.follow(Some(&self.disk));
+                    // The guest may do there what it likes.
+                    let _ = data.submit(op.id, &submitted, &legal);
+                }
+                _ => {}
             }
             if let Some(handed) = &mut self.handed {
                 handed.push(op.kind);
@@ -270,16 +290,30 @@ impl World {
         self.pump(guest);
     }
 
+    /// The disk that an operation goes to, which is not one beneath.
+    fn disk_of(&mut self, file: FileId) -> &mut Disk {
+        match (file, &mut self.data) {
+            (FileId::Data, Some(data)) => {
+                data.follow(Some(&self.disk));
+                data
+            }
+            (_, data) => {
+                self.disk.follow(data.as_ref());
+                &mut self.disk
+            }
+        }
+    }
+
     fn break_off(&mut self, op: Op, kind: IoErrorKind, most: u32) -> Outcome {
         match op.kind {
             OpKind::Write { len, .. }
             | OpKind::WriteZeros { len, .. }
             | OpKind::CopyWrite { len, .. }
             | OpKind::MetaWrite { len, .. } => {
-                self.disk.complete(op.id, most.min(len).into());
+                self.disk_of(op.file).complete(op.id, most.min(len).into());
             }
             OpKind::ZeroRange { .. } if !self.plain => self.disk.complete(op.id, most.into()),
-            _ => self.disk.cancel(op.id),
+            _ => self.disk_of(op.file).cancel(op.id),
         }
         Outcome::Error(kind)
     }
@@ -345,11 +379,7 @@ impl World {
             | OpKind::CopyWrite { len, .. }
             | OpKind::MetaWrite { len, .. } => {
                 let done = len.min(most);
-                if op.file == FileId::Data {
-                    self.write_data(op, done);
-                } else {
-                    self.disk.complete(op.id, done.into());
-                }
+                self.disk_of(op.file).complete(op.id, done.into());
                 outcome(done, len)
             }
             OpKind::MetaRead { offset, len } => {
@@ -359,9 +389,8 @@ impl World {
                 self.finish_read(op);
                 Outcome::Done
             }
-            OpKind::Sync | OpKind::Punch { .. } if op.file == FileId::Data => Outcome::Done,
             OpKind::Sync => {
-                self.disk.complete_sync(op.id);
+                self.disk_of(op.file).complete_sync(op.id);
                 Outcome::Done
             }
             OpKind::ZeroRange { .. } | OpKind::Punch { .. } if self.plain => {
@@ -376,52 +405,34 @@ impl World {
                 Outcome::Done
             }
             OpKind::Punch { .. } | OpKind::Extend { .. } | OpKind::Truncate { .. } => {
-                self.disk.complete(op.id, 0);
+                self.disk_of(op.file).complete(op.id, 0);
                 Outcome::Done
             }
         }
     }
 
     fn finish_read(&mut self, op: Op) {
-        if op.file == FileId::Image {
-            self.disk.complete(op.id, 0);
+        if matches!(op.file, FileId::Image | FileId::Data) {
+            self.disk_of(op.file).complete(op.id, 0);
         }
     }
 
-    /// Writes to the external data file.
-    fn write_data(&mut self, op: Op, done: u32) {
-        let (offset, bytes) = match op.kind {
-            OpKind::Write { tag, at, offset, .. } => {
-                (offset, self.buffers[usize::from(tag)][at as usize..][..done as usize].to_vec())
-            }
-            OpKind::CopyWrite { buffer, offset, .. } => {
-                (offset, self.copies[usize::from(buffer)][..done as usize].to_vec())
-            }
-            OpKind::WriteZeros { offset, .. } => (offset, vec![0; done as usize]),
-            other => unreachable!("{other:?} to the data file"),
-        };
-        let data = self.data.as_mut().expect("an external data file");
-        let end = size(offset) + bytes.len();
-        data.resize(data.len().max(end), 0);
-        data[size(offset)..end].copy_from_slice(&bytes);
-    }
-
-    /// Inflates a cluster whose deflate stream is stored blocks, as the tests make them.
+    /// Inflates a cluster, as the tests make them.
     fn inflate(&self, op: Op, source: Compressed) -> Option<Vec<u8>> {
         let mut bytes = vec![0; source.len as usize];
         self.read(op, source.offset, &mut bytes);
-        inflate_stored(&bytes, 1 << source.cluster_bits)
+        inflate(&bytes, 1 << source.cluster_bits)
     }
 
     /// Reads from the image or from what lies beneath; returns how much there was.
     fn read(&self, op: Op, offset: u64, out: &mut [u8]) -> u32 {
         let layer = |number: u8| &self.beneath[usize::from(number)];
         let from = match op.file {
-            FileId::Image => {
-                let have = self.disk.read(offset, out);
+            FileId::Image | FileId::Data => {
+                let data = self.data.as_ref().filter(|_| op.file == FileId::Data);
+                let have = data.unwrap_or(&self.disk).read(offset, out);
                 return u32::try_from(have).expect("at most the length");
             }
-            FileId::Data => self.data.as_deref().unwrap_or_default(),
             FileId::Backing(number) => &layer(number).bytes,
             FileId::BackingData(number) => layer(number).data.as_deref().unwrap_or_default(),
         };

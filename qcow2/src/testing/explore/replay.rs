@@ -5,8 +5,9 @@ use std::format;
 use std::string::{String, ToString};
 use std::vec::Vec;
 
+use crate::check::Checker;
 use crate::testing::cuts::Cuts;
-use crate::testing::disk::Disk;
+use crate::testing::disk::{Disk, bytes_of};
 use crate::testing::explore::{Path, Violation};
 use crate::testing::guest::Demand;
 use crate::testing::judge::{Judge, State};
@@ -85,24 +86,25 @@ fn follow(text: &str, trace: &mut Vec<String>) -> Result<(), String> {
         trace.append(run.trace.as_mut().expect("just set"));
         result?;
         let Some(state) = stage.state else { return Ok(()) };
-        let (sectors, len) = pick(&run, &path, state, trace)?;
+        let (sectors, len, data) = pick(&run, &path, state, trace)?;
         path = path.after(run.steps, state);
         let mut judge = Judge::default();
-        let (leaks, content) = {
-            let pool = pool.borrow();
-            let backing = &run.beneath;
-            let found = State { pool: &pool, sectors: &sectors, len, backing };
-            let mut demand = Demand::default();
-            run.demand(&mut demand);
-            let summary = judge.judge(found, &demand)?;
-            (summary.leaks, judge.content().to_vec())
-        };
         let mut demand = Demand::default();
         run.demand(&mut demand);
-        qemu::judge((&sectors, len), &run.beneath, &demand, &pool)?;
-        let disk = Disk::of_sectors(sectors, len, &pool);
-        let beneath = run.world.beneath.clone();
-        run = Run::on(&workload, path.seed, (disk, beneath), &content, leaks)?;
+        let leaks = {
+            let known = pool.borrow();
+            let setting = &run.setting;
+            let found = State { pool: &known, sectors: &sectors, len, data: &data, setting };
+            let summary = judge.judge(found, &demand)?;
+            let bytes = bytes_of(&sectors, len, &pool);
+            let checked = Checker::new().check_bytes(&bytes).map_err(|error| error.to_string())?;
+            if let Some(finding) = checked.first.filter(|_| checked.corruptions != 0) {
+                return Err(format!("the checker finds {finding}"));
+            }
+            qemu::judge(found, &demand, &pool)?;
+            summary.leaks
+        };
+        run = run.after_crash(path.seed, (sectors, len, data), judge.content(), leaks)?;
     }
     Ok(())
 }
@@ -121,19 +123,21 @@ fn pick(
     path: &Path,
     state: u64,
     trace: &mut Vec<String>,
-) -> Result<(Vec<SectorId>, u64), String> {
+) -> Result<(Vec<SectorId>, u64, Vec<SectorId>), String> {
     let mut cuts = Cuts::default();
     let mut found = None;
-    cuts.visit(&run.world.disk, path.cut_seed(run.steps), &mut |cut, _| {
+    let (disk, data) = (&run.world.disk, run.world.data.as_ref());
+    cuts.visit(disk, data, path.cut_seed(run.steps), &mut |cut, _| {
         if cut.index == state {
-            found = Some((cut.sectors.to_vec(), cut.len));
+            found = Some((cut.sectors.to_vec(), cut.len, cut.data.to_vec()));
         }
         found.is_none()
     });
     let found = found.ok_or_else(|| format!("there is no state {state} here"))?;
     trace.push(format!("power is cut; of what was not synced this is left:\n{}", cuts.describe()));
-    for change in run.world.disk.changes() {
-        let sectors = change.what.sectors(run.world.disk.sectors().len());
+    let of = |disk: &'_ Disk| disk.changes().to_vec();
+    for change in data.map(of).into_iter().flatten().chain(of(disk)) {
+        let sectors = change.what.sectors(disk.sectors().len());
         let done = if change.completed.is_some() { "complete" } else { "in flight" };
         trace.push(format!(
             "  change {}: {:?}, sectors {sectors:?}, {done}",
