@@ -215,6 +215,9 @@ impl Kind {
     const ENCRYPTION: u16 = 1 << 9;
     const DATA: u16 = 1 << 10;
     const COMPRESSED: u16 = 1 << 11;
+    /// What has references to other clusters in it, other than the header and the refcounts.
+    const TABLES: u16 =
+        Self::L1 | Self::L2 | Self::SNAPSHOT_TABLE | Self::BITMAP_DIRECTORY | Self::BITMAP_TABLE;
     /// Not a use that counts: the beginning of something that reaches over the end of the file.
     const CUT_SHORT: u16 = 1 << 14;
     /// Not a use: a repair has lowered its refcount.

@@ -58,7 +58,8 @@
 //! | [`epoch`], [`overlay`] | what an fdatasync covers; mappings whose data it does not yet |
 //! | [`flush`], [`grow`] | rounds, and moving the refcount table |
 //! | [`options`], [`error`] | options from the command line; what goes wrong |
-//! | [`check`] | a consistency checker that shares nothing with the engine |
+//! | [`check`] | a consistency checker that shares nothing with the engine, and its repairs |
+//! | [`info`] | what any image says of itself |
 //! | `testing` | a simulated disk and what drives it (feature `testing`) |
 
 #![no_std]
@@ -82,6 +83,7 @@ mod geometry;
 mod grow;
 mod header;
 mod image;
+pub mod info;
 pub mod marks;
 mod metaset;
 mod op;

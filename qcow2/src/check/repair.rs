@@ -107,8 +107,7 @@ pub enum Left {
     NoRoom,
     /// The new refcount table would be too large.
     TooLarge,
-    /// The refcounts count as references themselves, since a table of guest data lies on them or
-    /// on the header.
+    /// Something takes the header, or the refcounts, for a table that leads to other clusters.
     Entangled,
 }
 
@@ -127,8 +126,8 @@ impl fmt::Display for Left {
                 "the refcounts were not rebuilt: their table would be larger than 8 MiB"
             }
             Self::Entangled => {
-                "an entry takes the header or the refcounts for a table of guest data, so that \
-                 there are no right refcounts"
+                "the refcounts were not rebuilt: an entry takes the header for a table, so that what \
+                 is referenced would change with it"
             }
         })
     }

@@ -103,6 +103,31 @@ impl FindingKind {
             Self::Overlap | Self::CopiedWithoutOffset | Self::ZeroFlag | Self::BeginsBeyondEnd
         )
     }
+
+    /// What it is, in words.
+    #[must_use]
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Leak => "a leaked cluster, its refcount higher than its references",
+            Self::RefcountTooLow => "a cluster with fewer refcounts than references",
+            Self::RefcountOverflow => "a cluster with more references than a refcount can hold",
+            Self::Overlap => "a cluster with two uses that exclude each other",
+            Self::SharedRefcountBlock => "a refcount block that is something else, too",
+            Self::Copied => "an entry whose flag COPIED does not fit the refcount",
+            Self::CopiedWithoutOffset => "an entry with COPIED and without an offset",
+            Self::CopiedCompressed => "a compressed cluster with COPIED",
+            Self::ZeroFlag => "an entry with a zero flag, which there is none of here",
+            Self::ReservedBits => "an entry with reserved bits",
+            Self::Unaligned => "an offset that is not a multiple of the cluster size",
+            Self::BeyondEnd => "something that reaches over the end of the file",
+            Self::BeginsBeyondEnd => "something that begins behind the end of the file",
+            Self::SubclusterBitmap => "a bitmap of subclusters that does not fit its entry",
+            Self::CompressedInDataFile => "a compressed cluster beside an external data file",
+            Self::SnapshotInDataFile => "snapshots beside an external data file",
+            Self::SnapshotTable => "a bad entry of the snapshot table",
+            Self::BitmapDirectory => "a bad entry of the bitmap directory",
+        }
+    }
 }
 
 /// One thing that is wrong with an image.
@@ -123,7 +148,7 @@ pub struct Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { kind, at, found, expected, times } = self;
-        write!(f, "{kind:?} at {at:#x}: found {found:#x}, expected {expected:#x}")?;
+        write!(f, "{} at {at:#x}: found {found:#x}, expected {expected:#x}", kind.words())?;
         if *times != 1 { write!(f, ", {times} times") } else { Ok(()) }
     }
 }

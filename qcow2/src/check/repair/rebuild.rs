@@ -27,6 +27,10 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
         if self.state().incomplete {
             return Ok(Some(Left::Incomplete));
         }
+        if self.state().slots.first().is_none_or(|slot| slot.kinds & Kind::TABLES != 0) {
+            // The switch would change what is referenced.
+            return Ok(Some(Left::Entangled));
+        }
         let slots = &self.state().slots;
         let mut taken = Vec::new();
         taken.try_reserve(slots.len()).map_err(|_| CheckError::TooLarge)?;
