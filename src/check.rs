@@ -144,10 +144,10 @@ impl Outcome {
         put("filename", json!(args.file.to_string_lossy()));
         put("format", json!("qcow2"));
         put("check-errors", json!(0));
-        put("image-end-offset", json!(self.report.image_end));
-        put("total-clusters", json!(self.report.guest_clusters));
         let fixed = |count: fn(&Repaired) -> u64| self.repaired.as_ref().map_or(0, count);
         for (name, count) in [
+            ("image-end-offset", self.report.image_end),
+            ("total-clusters", self.report.guest_clusters),
             ("corruptions", corruptions),
             ("leaks", leaks),
             ("corruptions-fixed", fixed(Repaired::corruptions_fixed)),
