@@ -61,7 +61,7 @@ findings.")]
     /// Show what an image says of itself.
     #[command(after_help = "\
 Opens nothing but the image, not even its backing or data file, and takes no lock. JSON has the
-fields of `qemu-img info --output=json`; what has none there is under \"features\", \"stale-bitmaps\".")]
+fields of `qemu-img info --output=json`, and \"features\" and \"stale-bitmaps\" of its own.")]
     Info(InfoArgs),
     /// Show what the kernel's ublk driver can do, and what of it is used.
     Features,

@@ -6,8 +6,9 @@
 //! of 512 bytes).
 //!
 //! The work and the memory of a check follow from the length of the file, whatever its header
-//! claims: refcounts are read once per cluster of the file, and each L2 table is walked once, with
-//! the number of references to it as a weight. It never panics; what cannot be judged is an error.
+//! claims. It takes 20 bytes per cluster (320 MiB for 1 TiB in clusters of 64 KiB); refcounts are
+//! read once per cluster of the file, and each L2 table is walked once, with the number of
+//! references to it as a weight. It never panics; what cannot be judged is an error.
 //!
 //! # What is counted
 //!

@@ -3,11 +3,15 @@
 //! What references a cluster is taken as the truth, and the refcounts are made to agree. So this
 //! repairs what the [check](super) counts as a leak, a refcount that is too low, a wrong COPIED, a
 //! refcount table or block that is of no use. It **leaves** what cannot be put right without a
-//! guess at the guest's data, and the check goes on to report it: entries of L1 and L2 tables with
-//! bad offsets or reserved bits, clusters with two uses that exclude each other, more references
-//! than a refcount can hold, bad entries of snapshots and bitmaps, the clusters of a table that the
-//! end of the file cuts short (which count as leaks). Of the tables that lead to
-//! guest data only COPIED ever changes, and that only in clusters that are nothing but such a table.
+//! guess at the guest's data, and the check goes on to report it:
+//!
+//! - entries of L1 and L2 tables with bad offsets or reserved bits, bad entries of snapshots and
+//!   bitmaps, clusters with two uses that exclude each other;
+//! - more references than a refcount can hold;
+//! - the refcounts of a table that the end of the file cuts short, which count as leaks.
+//!
+//! Of the tables that lead to guest data only COPIED ever changes, and that only in clusters that
+//! are nothing but such a table.
 //!
 //! # The order of the writes
 //!
@@ -126,8 +130,8 @@ impl fmt::Display for Left {
                 "the refcounts were not rebuilt: their table would be larger than 8 MiB"
             }
             Self::Entangled => {
-                "the refcounts were not rebuilt: an entry takes the header for a table, so that what \
-                 is referenced would change with it"
+                "the refcounts were not rebuilt: an entry takes the header for a table, so that \
+                 what is referenced would change with it"
             }
         })
     }

@@ -9,7 +9,7 @@ use qcow2::check::{CheckError, Checker, ReadAt, ReadError, Report, check};
 
 use crate::damage::{damage, flip, put};
 use crate::dice::{Dice, from_env};
-use crate::images::{Base, bases, make, scratch};
+use crate::images::{Base, base, bases, make, scratch};
 use crate::verdict::{Verdict, compare, qemu_check};
 
 /// A file, read through the slow way that has no bytes in memory.
@@ -164,8 +164,7 @@ fn no_damage_makes_it_panic() {
 fn work_follows_from_the_length_of_the_file() {
     const L1: usize = 1 << 20;
     const SNAPSHOTS: usize = 2 << 20;
-    let (_, base) = bases().1.iter().find(|base| base.0 == "v2").unwrap();
-    let mut image = base.clone();
+    let mut image = base("v2");
     image.resize(5 << 20, 0);
     image[60..64].copy_from_slice(&52_000_u32.to_be_bytes());
     put(&mut image, 64, SNAPSHOTS as u64);

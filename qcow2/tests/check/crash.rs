@@ -22,11 +22,24 @@ pub(crate) enum Event {
 pub(crate) struct Disk {
     pub(crate) now: Vec<u8>,
     pub(crate) events: Vec<Event>,
+    /// So many events succeed; then all fail.
+    pub(crate) good: usize,
 }
 
 impl Disk {
     pub(crate) fn new(image: &[u8]) -> Self {
-        Self { now: image.to_vec(), events: Vec::new() }
+        Self { now: image.to_vec(), events: Vec::new(), good: usize::MAX }
+    }
+}
+
+impl Disk {
+    fn take(&mut self, event: Event) -> Result<(), WriteError> {
+        if self.events.len() >= self.good {
+            return Err(WriteError);
+        }
+        apply(&mut self.now, &event);
+        self.events.push(event);
+        Ok(())
     }
 }
 
@@ -56,22 +69,16 @@ impl ReadAt for Disk {
 
 impl RepairIo for Disk {
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
-        let event = Event::Write(offset, bytes.to_vec());
-        apply(&mut self.now, &event);
-        self.events.push(event);
-        Ok(())
+        self.take(Event::Write(offset, bytes.to_vec()))
     }
 
     fn sync(&mut self) -> Result<(), WriteError> {
-        self.events.push(Event::Sync);
-        Ok(())
+        self.take(Event::Sync)
     }
 
     fn set_len(&mut self, len: u64) -> Result<(), WriteError> {
         assert!(len >= self.len(), "a repair never cuts anything off");
-        self.events.push(Event::Len(len));
-        apply(&mut self.now, &Event::Len(len));
-        Ok(())
+        self.take(Event::Len(len))
     }
 }
 

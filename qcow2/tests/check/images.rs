@@ -1,8 +1,11 @@
 //! Images of many kinds, made by `qemu-img` and `qemu-io`.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 
 pub(crate) fn scratch(name: &str) -> PathBuf {
     // Each test of this file may run in a process of its own, at the same time.
@@ -109,16 +112,47 @@ pub(crate) fn make(dir: &Path, (name, options, size, steps): Recipe) -> Vec<u8> 
     std::fs::read(dir.join(file)).unwrap()
 }
 
+/// The image of one recipe, made in a folder of its own.
+pub(crate) fn base(name: &str) -> Vec<u8> {
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    let dir = scratch(&format!("check-{name}-{}", MADE.fetch_add(1, Relaxed)));
+    make(&dir, *RECIPES.iter().find(|recipe| recipe.0 == name).unwrap())
+}
+
 /// An image, with its name.
 pub(crate) type Base = (&'static str, Vec<u8>);
 
-/// The directory of the images, and the images. Made once for all tests.
+/// The directory of the images, and the images.
 pub(crate) fn bases() -> (&'static Path, &'static [Base]) {
     static BASES: OnceLock<(PathBuf, Vec<Base>)> = OnceLock::new();
     let (dir, bases) = BASES.get_or_init(|| {
         let dir = scratch("check-images");
-        let bases = RECIPES.iter().map(|&recipe| (recipe.0, make(&dir, recipe))).collect();
+        for entry in std::fs::read_dir(made_once()).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
+        }
+        let read = |name: &str| std::fs::read(dir.join(format!("{name}.base"))).unwrap();
+        let bases = RECIPES.iter().map(|recipe| (recipe.0, read(recipe.0))).collect();
         (dir, bases)
     });
     (dir, bases)
+}
+
+/// A directory with the image of each recipe, made once for all tests and runs: they take a while.
+fn made_once() -> PathBuf {
+    let (_, version) = run(Path::new("."), "qemu-img", &["--version"]);
+    let mut hasher = DefaultHasher::new();
+    (RECIPES, version).hash(&mut hasher);
+    let shared = format!("check-bases-{:x}", hasher.finish());
+    let shared = Path::new(env!("CARGO_TARGET_TMPDIR")).join(shared);
+    if !shared.exists() {
+        let dir = scratch("check-make");
+        for &recipe in RECIPES {
+            make(&dir, recipe);
+        }
+        // Another process may have been faster; then there are its images.
+        let renamed = std::fs::rename(&dir, &shared);
+        assert!(renamed.is_ok() || shared.exists(), "{renamed:?}");
+    }
+    shared
 }

@@ -15,7 +15,7 @@ use qcow2::check::{CheckError, Checker, Finding, FindingKind, check};
 use crate::crash::{Disk, Event, crash_states, guest};
 use crate::damage::{Map, damage, put, u64_at};
 use crate::dice::{Dice, from_env};
-use crate::images::{Base, bases, run};
+use crate::images::{Base, base, bases, run, scratch};
 use crate::verdict::{compare, qemu_check};
 
 /// Repairs a copy, without a look at the progress.
@@ -197,10 +197,6 @@ fn repairing_leaks_leaves_none_and_makes_no_corruption() {
     });
 }
 
-fn base(name: &str) -> Vec<u8> {
-    bases().1.iter().find(|base| base.0 == name).unwrap().1.clone()
-}
-
 #[test]
 fn leaks_are_reclaimed_within_a_limit_and_only_from_a_sound_image() {
     let mut image = base("v3-4k");
@@ -235,6 +231,7 @@ fn leaks_are_reclaimed_within_a_limit_and_only_from_a_sound_image() {
 
 #[test]
 fn an_image_without_a_refcount_table_gets_one() {
+    let dir = scratch("check-rebuilt");
     for (name, at, word) in [
         ("v3", 48, 0),
         ("snap-4k", 48, 1 << 40),
@@ -242,7 +239,7 @@ fn an_image_without_a_refcount_table_gets_one() {
         ("rc64", 56, 0),
         ("rc1", 56, u64::from(u32::MAX) << 32),
         ("v2", 48, u64::MAX),
-        ("over", 48, 1 << 62),
+        ("many", 48, 1 << 62),
     ] {
         let mut image = base(name);
         let word = if at == 56 { word | u64_at(&image, at) & 0xffff_ffff } else { word };
@@ -254,8 +251,8 @@ fn an_image_without_a_refcount_table_gets_one() {
         assert_eq!(guest(&disk.now), guest(&image));
         crash_states(&image, &disk, &mut Dice(1)).unwrap();
         let file = format!("{name}.rebuilt");
-        std::fs::write(bases().0.join(&file), &disk.now).unwrap();
-        let (theirs, text) = qemu_check(bases().0, &file);
+        std::fs::write(dir.join(&file), &disk.now).unwrap();
+        let (theirs, text) = qemu_check(&dir, &file);
         let theirs = theirs.unwrap_or_else(|| panic!("{name}: {text}"));
         assert_eq!((theirs.corruptions, theirs.leaks), (0, 0), "{name}: {text}");
     }
@@ -314,7 +311,7 @@ fn unknown_autoclear_features_are_cleared_before_anything_is_written() {
 /// A writer with lazy refcounts dies: the mappings are there, the refcounts are not.
 #[test]
 fn an_image_that_a_dead_writer_left_dirty_gets_its_refcounts() {
-    let dir = bases().0;
+    let dir = &scratch("check-dirty");
     for (name, options) in [
         ("dirty", "lazy_refcounts=on,cluster_size=64k"),
         ("dirty-512", "lazy_refcounts=on,cluster_size=512,refcount_bits=64"),
@@ -350,5 +347,33 @@ fn an_image_that_a_dead_writer_left_dirty_gets_its_refcounts() {
         let (ok, text) = run(dir, "qemu-io", &[&["-f", "qcow2"], &args[..], &[&file]].concat());
         assert!(ok && !text.contains("failed"), "{name}: {text}");
         assert_eq!(rebuild_if_dirty(&mut disk, &mut |_, _, _| {}), Ok(None));
+    }
+}
+
+#[test]
+fn a_repair_that_fails_says_so_and_leaves_nothing_worse() {
+    let mut image = base("snap-4k");
+    let map = Map::of(&image);
+    // Both ways of repairing: in place, and with a new table.
+    for bad_table in [false, true] {
+        map.set_refcount(&mut image, 6, 0, false);
+        if bad_table {
+            put(&mut image, 48, 1 << 40);
+        }
+        let (whole, result) = repaired(&image, Repair::All);
+        assert_eq!(result.unwrap().rebuilt, bad_table);
+        for good in 0..whole.events.len() {
+            let mut disk = Disk::new(&image);
+            disk.good = good;
+            let result = repair(&mut disk, Repair::All, &mut |_, _, _| {});
+            let error = result.expect_err("it failed");
+            let expected = match &whole.events[good] {
+                Event::Write(at, _) => RepairError::Write(*at),
+                Event::Len(len) => RepairError::Grow(*len),
+                Event::Sync => RepairError::Sync,
+            };
+            assert_eq!(error, expected);
+            crash_states(&image, &disk, &mut Dice(9)).unwrap();
+        }
     }
 }
