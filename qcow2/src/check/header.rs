@@ -20,8 +20,8 @@ const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 const AUTOCLEAR_BITMAPS: u64 = 1;
-/// Bitmaps, and a raw data file.
-const KNOWN_AUTOCLEAR: u64 = 3;
+const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
+const KNOWN_AUTOCLEAR: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA;
 
 /// A range of the file, in bytes; its end does not overflow.
 #[derive(Clone, Copy, Debug, Default)]
@@ -130,7 +130,10 @@ impl Head {
         let compression = if header_length > 104 { raw[104] } else { 0 };
         let declared = incompatible & COMPRESSION != 0;
         bound((compression != 0) == declared && compression <= 1, "compression_type")?;
-        Ok(BigEndian::read_u64(&raw[88..]))
+        let autoclear = BigEndian::read_u64(&raw[88..]);
+        let raw_data = autoclear & AUTOCLEAR_RAW_DATA != 0;
+        bound(!raw_data || self.external_data, "autoclear_features: raw data without a data file")?;
+        Ok(autoclear)
     }
 
     fn tables(&mut self, raw: &[u8; 112]) -> Result<(), CheckError> {
