@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Serves a qcow2 image as a block device /dev/ublkbN.
 #[derive(Debug, Parser)]
@@ -14,8 +14,11 @@ Examples:
   ublk-qcow2 add -f vm.qcow2 --read-only -n 7
   ublk-qcow2 list --json
   ublk-qcow2 del -n 0
+  ublk-qcow2 info -f vm.qcow2
+  ublk-qcow2 check -f vm.qcow2 --repair leaks
 
-Needs root, and the ublk driver (`modprobe ublk_drv`; Linux 6.5 or later)."
+Needs root, and the ublk driver (`modprobe ublk_drv`; Linux 6.5 or later). `check` and `info` need
+neither."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -38,6 +41,28 @@ progress, and at most 60 s.")]
     Del(DelArgs),
     /// Show ublk devices, also those of other servers.
     List(ListArgs),
+    /// Check the tables of an image, and repair them.
+    #[command(after_help = "\
+Exit status, as of `qemu-img check`:
+  0   no errors
+  1   not checked: the file cannot be read, is in use, its header is bad, or the command is wrong
+  2   corruptions (with --repair: those that are left)
+  3   leaked clusters, and nothing worse
+  63  the image is of a kind that cannot be checked or repaired: another version, a feature that is
+      not known, or, for a repair, encryption
+
+A check only reads, and shares the image with other readers. A repair needs it for itself. Stopped
+at any moment, a repair leaves the image no worse than it was. What it cannot put right without a
+guess at the guest's data, it leaves: entries with bad offsets, clusters used twice.
+
+JSON has the fields of `qemu-img check --output=json`, where zeros are left out, and the first 64
+findings.")]
+    Check(CheckArgs),
+    /// Show what an image says of itself.
+    #[command(after_help = "\
+Opens nothing but the image, not even its backing or data file, and takes no lock. JSON has the
+fields of `qemu-img info --output=json`, and \"features\" and \"stale-bitmaps\" of its own.")]
+    Info(InfoArgs),
     /// Show what the kernel's ublk driver can do, and what of it is used.
     Features,
 }
@@ -130,6 +155,49 @@ pub struct ListArgs {
     /// As a JSON array, with live counters.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `check`
+#[derive(Args, Debug)]
+pub struct CheckArgs {
+    /// The qcow2 image: a file or a block device.
+    #[arg(short = 'f', long = "file", value_name = "IMAGE")]
+    pub file: PathBuf,
+
+    /// Repair: `leaks` frees leaked clusters; `all` makes all refcounts right, with new refcount
+    /// tables where that takes it, and the flags that follow from them.
+    #[arg(long, value_name = "WHAT")]
+    pub repair: Option<RepairKind>,
+
+    /// How to print the result.
+    #[arg(long, value_name = "FORMAT", default_value = "human")]
+    pub output: Output,
+}
+
+/// What to repair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RepairKind {
+    Leaks,
+    All,
+}
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    Human,
+    Json,
+}
+
+/// `info`
+#[derive(Args, Debug)]
+pub struct InfoArgs {
+    /// The qcow2 image: a file or a block device.
+    #[arg(short = 'f', long = "file", value_name = "IMAGE")]
+    pub file: PathBuf,
+
+    /// How to print it.
+    #[arg(long, value_name = "FORMAT", default_value = "human")]
+    pub output: Output,
 }
 
 fn block_size(text: &str) -> Result<u32, String> {

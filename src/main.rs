@@ -6,8 +6,8 @@
 //! ```text
 //!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock            main thread: start, signals, stop
 //!                ├─ del               ├─ device ── control       ublk's control commands
-//!                └─ list              ├─ state                   what `list` and `del` read
-//!                                     └─ link ── queue ── driver the queue thread: all I/O
+//!                ├─ list              ├─ state                   what `list` and `del` read
+//!                └─ check, info       └─ link ── queue ── driver the queue thread: all I/O
 //!                                                  └── ring, buffer
 //! ```
 //!
@@ -16,6 +16,7 @@
 mod backing;
 mod buffer;
 mod busy;
+mod check;
 mod cli;
 mod control;
 mod daemon;
@@ -23,6 +24,8 @@ mod del;
 mod device;
 mod driver;
 mod errno;
+mod image_file;
+mod info;
 mod link;
 mod list;
 mod lock;
@@ -35,6 +38,7 @@ mod state;
 mod sys;
 mod ublk;
 
+use std::env;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -43,17 +47,30 @@ use cli::{AddArgs, Cli, Command};
 use daemon::Reporter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let (subject, result) = match &cli.command {
-        Command::Add(args) => (args.file.to_string_lossy().into_owned(), add(args)),
-        Command::Del(args) => (String::new(), del::run(args)),
-        Command::List(args) => (String::new(), list::run(args)),
-        Command::Features => (String::new(), list::features()),
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Where 2 says that an image is corrupt, it must not say anything else.
+        Err(error) if error.use_stderr() && env::args_os().nth(1) == Some("check".into()) => {
+            eprint!("{error}");
+            return ExitCode::FAILURE;
+        }
+        Err(error) => error.exit(),
     };
-    let Err(error) = result else { return ExitCode::SUCCESS };
-    let subject = if subject.is_empty() { subject } else { format!("{subject}: ") };
+    let (subject, result) = match &cli.command {
+        Command::Add(args) => (args.file.to_string_lossy(), add(args).map(|()| 0)),
+        Command::Del(args) => ("".into(), del::run(args).map(|()| 0)),
+        Command::List(args) => ("".into(), list::run(args).map(|()| 0)),
+        Command::Features => ("".into(), list::features().map(|()| 0)),
+        Command::Check(args) => (args.file.to_string_lossy(), check::run(args)),
+        Command::Info(args) => (args.file.to_string_lossy(), info::run(args).map(|()| 0)),
+    };
+    let error = match result {
+        Ok(code) => return ExitCode::from(code),
+        Err(error) => error,
+    };
+    let subject = if subject.is_empty() { subject } else { format!("{subject}: ").into() };
     eprintln!("ublk-qcow2: {}", list::plain(&format!("{subject}{error:#}")));
-    ExitCode::FAILURE
+    ExitCode::from(if error.is::<check::NotSupported>() { check::NOT_SUPPORTED } else { 1 })
 }
 
 fn add(args: &AddArgs) -> Result<()> {

@@ -61,7 +61,7 @@ pub enum FileKind {
 }
 
 impl FileKind {
-    fn of(file: &File) -> Result<Self> {
+    pub fn of(file: &File) -> Result<Self> {
         let kind = file.metadata().context("fstat")?.file_type();
         if kind.is_file() {
             return Ok(Self::Regular);

@@ -68,7 +68,8 @@
 //! | [`epoch`], [`overlay`] | what an fdatasync covers; mappings whose data it does not yet |
 //! | [`flush`], [`grow`] | rounds, and moving the refcount table |
 //! | [`options`], [`error`] | options from the command line; what goes wrong |
-//! | [`check`] | a consistency checker that shares nothing with the engine |
+//! | [`check`] | a consistency checker that shares nothing with the engine, and its repairs |
+//! | [`info`] | what any image says of itself |
 //! | `testing` | a simulated disk and what drives it (feature `testing`) |
 
 #![no_std]
@@ -92,6 +93,7 @@ mod geometry;
 mod grow;
 mod header;
 mod image;
+pub mod info;
 mod layer;
 mod life;
 pub mod marks;

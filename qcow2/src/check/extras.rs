@@ -52,6 +52,8 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         if self.beyond(start, end, 1, at) {
             let end = end.div_ceil(self.head.cluster_size()) << self.head.cluster_bits;
             self.state.areas.extend([(start, 1), (end, -1)]);
+        } else if start < self.len {
+            self.state.incomplete = true;
         }
         self.state.tables.extend([(start, 1), (start.saturating_add(len), -1)]);
     }
@@ -79,6 +81,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
                     self.note(FindingKind::SnapshotTable, at, 0, MIN_SNAPSHOT_EXTRA_V3, left);
                 }
                 at = at.saturating_add(40 * u64::from(left));
+                self.state.incomplete = true;
                 break;
             }
             match self.snapshot(at)? {
@@ -107,6 +110,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         let extra = u64::from(BigEndian::read_u32(&entry[36..]));
         if extra > MAX_SNAPSHOT_EXTRA {
             self.note(FindingKind::SnapshotTable, at, extra, MAX_SNAPSHOT_EXTRA, 1);
+            self.state.incomplete = true;
             return Ok(None);
         }
         if self.head.version >= 3 && extra < MIN_SNAPSHOT_EXTRA_V3 {
@@ -114,8 +118,10 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         }
         if self.head.in_cluster(l1) != 0 {
             self.note(FindingKind::Unaligned, at, l1, 0, 1);
+            self.state.incomplete = true;
         } else if entries > MAX_L1_ENTRIES {
             self.note(FindingKind::SnapshotTable, at, entries, MAX_L1_ENTRIES, 1);
+            self.state.incomplete = true;
         } else {
             self.collect(l1, entries * 8, at);
         }
@@ -138,6 +144,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
             }
         }
         if at != end {
+            self.state.incomplete = true;
             self.note(FindingKind::BitmapDirectory, at, at, end, 1);
         }
         self.mark_collected(Kind::BITMAP_TABLE)?;
@@ -152,6 +159,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         let mut entry = [0; 24];
         if at.saturating_add(24) > end.min(self.len) {
             self.note(FindingKind::BitmapDirectory, at, 0, 0, 1);
+            self.state.incomplete = true;
             return Ok(None);
         }
         read(self.image, at, &mut entry)?;
@@ -178,6 +186,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
             && covers >= u128::from(self.head.virtual_size);
         if !good {
             self.note(FindingKind::BitmapDirectory, at, table, 0, 1);
+            self.state.incomplete = true;
             return Ok(None);
         }
         self.collect(table, entries * 8, at);

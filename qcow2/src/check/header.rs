@@ -9,7 +9,7 @@ use super::{CheckError, ReadAt, read};
 
 const MAGIC: u32 = 0x5146_49fb;
 const MAX_L1_BYTES: u64 = 32 << 20;
-const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_BITMAPS: u32 = 65535;
 const MAX_DIRECTORY_BYTES: u64 = 64 << 20;
@@ -20,6 +20,8 @@ const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 const AUTOCLEAR_BITMAPS: u64 = 1;
+const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
+const KNOWN_AUTOCLEAR: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA;
 
 /// A range of the file, in bytes; its end does not overflow.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,6 +41,7 @@ pub(super) struct Head {
     pub(super) refcount_table: Area,
     pub(super) snapshots: u32,
     pub(super) snapshots_at: u64,
+    pub(super) encrypted: bool,
     pub(super) encryption: Area,
     pub(super) bitmaps: u32,
     pub(super) bitmap_directory: Area,
@@ -46,6 +49,10 @@ pub(super) struct Head {
     pub(super) extended: bool,
     pub(super) dirty: bool,
     pub(super) corrupt: bool,
+    /// Autoclear features that must be cleared before anything is written.
+    pub(super) unknown_autoclear: bool,
+    /// No refcount table can be where the header says; [`Head::for_repair`] only.
+    pub(super) no_refcount_table: bool,
 }
 
 impl Head {
@@ -58,6 +65,14 @@ impl Head {
     }
 
     pub(super) fn parse<R: ReadAt + ?Sized>(image: &R) -> Result<Self, CheckError> {
+        let head = Self::for_repair(image)?;
+        bound(!head.no_refcount_table, "refcount_table_offset or refcount_table_clusters")?;
+        Ok(head)
+    }
+
+    /// As [`Head::parse`], but fields of the refcount table that are outside their bounds make an
+    /// empty one: it can be made anew.
+    pub(super) fn for_repair<R: ReadAt + ?Sized>(image: &R) -> Result<Self, CheckError> {
         let mut raw = [0; 112];
         read(image, 0, &mut raw)?;
         if BigEndian::read_u32(&raw) != MAGIC {
@@ -65,7 +80,7 @@ impl Head {
         }
         let version = BigEndian::read_u32(&raw[4..]);
         if version != 2 && version != 3 {
-            return Err(CheckError::Unsupported("a version other than 2 and 3"));
+            return Err(CheckError::Version(version));
         }
         let header_length = match version {
             2 => 72,
@@ -81,11 +96,13 @@ impl Head {
             2 => 0,
             _ => head.version_3(&raw, header_length)?,
         };
+        head.unknown_autoclear = autoclear & !KNOWN_AUTOCLEAR != 0;
         head.tables(&raw)?;
         let crypt = BigEndian::read_u32(&raw[32..]);
         if crypt > 2 {
             return Err(CheckError::Unsupported("an unknown encryption method"));
         }
+        head.encrypted = crypt != 0;
         head.extensions(
             image,
             &raw,
@@ -99,8 +116,9 @@ impl Head {
     /// The fields that only version 3 has. Returns the autoclear features.
     fn version_3(&mut self, raw: &[u8; 112], header_length: u32) -> Result<u64, CheckError> {
         let incompatible = BigEndian::read_u64(&raw[72..]);
-        if incompatible & !(DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2) != 0 {
-            return Err(CheckError::Unsupported("an unknown incompatible feature"));
+        let unknown = incompatible & !(DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2);
+        if unknown != 0 {
+            return Err(CheckError::UnknownFeature(unknown.trailing_zeros()));
         }
         self.dirty = incompatible & DIRTY != 0;
         self.corrupt = incompatible & CORRUPT != 0;
@@ -112,7 +130,10 @@ impl Head {
         let compression = if header_length > 104 { raw[104] } else { 0 };
         let declared = incompatible & COMPRESSION != 0;
         bound((compression != 0) == declared && compression <= 1, "compression_type")?;
-        Ok(BigEndian::read_u64(&raw[88..]))
+        let autoclear = BigEndian::read_u64(&raw[88..]);
+        let raw_data = autoclear & AUTOCLEAR_RAW_DATA != 0;
+        bound(!raw_data || self.external_data, "autoclear_features: raw data without a data file")?;
+        Ok(autoclear)
     }
 
     fn tables(&mut self, raw: &[u8; 112]) -> Result<(), CheckError> {
@@ -126,9 +147,10 @@ impl Head {
         self.l1 = self.area(BigEndian::read_u64(&raw[40..]), l1_entries * 8, "l1_table_offset")?;
         let clusters = u64::from(BigEndian::read_u32(&raw[56..]));
         let bytes = clusters << self.cluster_bits;
-        bound(bytes <= MAX_REFCOUNT_TABLE_BYTES, "refcount_table_clusters")?;
-        let start = BigEndian::read_u64(&raw[48..]);
-        self.refcount_table = self.area(start, bytes, "refcount_table_offset")?;
+        match self.area(BigEndian::read_u64(&raw[48..]), bytes, "refcount_table_offset") {
+            Ok(table) if bytes <= MAX_REFCOUNT_TABLE_BYTES => self.refcount_table = table,
+            _ => self.no_refcount_table = true,
+        }
         self.snapshots = BigEndian::read_u32(&raw[60..]);
         bound(self.snapshots <= MAX_SNAPSHOTS, "nb_snapshots")?;
         let start = BigEndian::read_u64(&raw[64..]);

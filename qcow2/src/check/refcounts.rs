@@ -128,20 +128,25 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
     fn refcount_block(&mut self, at: u64, word: u64) -> Result<(), CheckError> {
         let offset = word & OFFSET;
         if word & !OFFSET != 0 {
+            self.state.bad_blocks = true;
             self.note(FindingKind::ReservedBits, at, word, 0, 1);
             return Ok(());
         }
         if self.head.in_cluster(offset) != 0 {
+            self.state.bad_blocks = true;
             self.note(FindingKind::Unaligned, at, word, 0, 1);
             return Ok(());
         }
         let cluster = offset >> self.head.cluster_bits;
         if cluster >= self.state.used_slots as u64 {
+            self.state.bad_blocks = true;
             self.note(FindingKind::BeyondEnd, at, word, 0, 1);
             return Ok(());
         }
         self.mark(offset, self.head.cluster_size(), Kind::REFCOUNT_BLOCK, 1, at)?;
-        let refs = self.state.slots[index(cluster)].refs.min(self.largest_refcount());
+        let refs = self.state.slots[index(cluster)].refs;
+        self.state.bad_blocks |= refs != 1;
+        let refs = refs.min(self.largest_refcount());
         if refs != 1 {
             self.note(FindingKind::SharedRefcountBlock, at, refs.into(), 1, 1);
         }

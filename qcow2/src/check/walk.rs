@@ -75,12 +75,16 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         // Nothing good can come of what is there, but `qemu-img check` counts its references, and
         // so do we, as far as that does not make our work a multiple of the file.
         let spent = self.head.cluster_size();
-        if offset < self.len && spent <= self.state.budget {
+        if offset >= self.len {
+            return Ok(());
+        }
+        if spent <= self.state.budget {
             self.state.budget -= spent;
             // The flags of a table in the header's place are not judged.
             let active = if offset == 0 { 0 } else { weight.active };
-            self.l2(offset, Weight { active, inactive: all - active })?;
+            return self.l2(offset, Weight { active, inactive: all - active });
         }
+        self.state.incomplete = true;
         Ok(())
     }
 
@@ -91,6 +95,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
             if slot.active | slot.inactive != 0 {
                 let weight = Weight { active: slot.active, inactive: slot.inactive };
                 self.l2((nth as u64) << self.head.cluster_bits, weight)?;
+                (self.progress)(nth as u64, self.state.slots.len() as u64);
             }
         }
         Ok(())
@@ -100,6 +105,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         let image = self.image;
         let all = weight.all()?;
         let extended = self.head.extended;
+        self.state.expected_next = 0;
         pieces(image, offset, offset.saturating_add(self.head.cluster_size()), |at, bytes| {
             if extended {
                 for (nth, entry) in bytes.chunks_exact(16).enumerate() {
@@ -158,7 +164,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         if self.head.in_cluster(offset) != 0 {
             self.note(FindingKind::Unaligned, at, word, 0, all);
         }
-        self.state.allocated = self.state.allocated.saturating_add(active.into());
+        self.count_guest(offset, active);
         if self.head.external_data {
             if active != 0 && word & COPIED == 0 {
                 self.note(FindingKind::Copied, at, word, 1, active);
@@ -170,6 +176,16 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
             self.copied(at, word, offset >> self.head.cluster_bits, active)?;
         }
         Ok(())
+    }
+
+    /// Counts a guest cluster with a place of its own, and whether that follows the last one's.
+    fn count_guest(&mut self, offset: u64, active: u32) {
+        let state = &mut *self.state;
+        state.allocated = state.allocated.saturating_add(active.into());
+        if state.expected_next != 0 && state.expected_next != offset {
+            state.fragmented = state.fragmented.saturating_add(active.into());
+        }
+        state.expected_next = offset.saturating_add(self.head.cluster_size());
     }
 
     /// Specification: "Compressed Clusters Descriptor".
@@ -192,7 +208,10 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
             self.note(FindingKind::SubclusterBitmap, at, word, bitmap, all);
             return Ok(());
         }
-        self.state.allocated = self.state.allocated.saturating_add(active.into());
+        let state = &mut *self.state;
+        for counter in [&mut state.allocated, &mut state.compressed, &mut state.fragmented] {
+            *counter = counter.saturating_add(active.into());
+        }
         let size_at = 62 - (self.head.cluster_bits - 8);
         let offset = word & ((1 << size_at) - 1);
         let descriptor = word & (COMPRESSED - 1);

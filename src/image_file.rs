@@ -1,0 +1,117 @@
+//! An image as `check` and `info` see it: a file that is read, or repaired, at any place.
+
+use std::cell::RefCell;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use qcow2::check::repair::{RepairIo, WriteError};
+use qcow2::check::{ReadAt, ReadError};
+
+use crate::open::FileKind;
+
+/// An open image.
+pub struct ImageFile {
+    pub file: File,
+    kind: FileKind,
+    len: u64,
+    /// The last thing that went wrong, which the library does not carry.
+    failure: RefCell<Option<io::Error>>,
+}
+
+impl ImageFile {
+    /// Opens an image; a pipe or a terminal does not hold this up. Errors do not name the image.
+    pub fn open(path: &Path, write: bool) -> Result<Self> {
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);
+        let file = file.map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOENT) => anyhow!("no such file"),
+            Some(libc::EISDIR) => anyhow!("is a directory; give a qcow2 image file"),
+            Some(libc::EACCES | libc::EPERM) if write => {
+                anyhow!("permission denied; run as a user that may read and write it")
+            }
+            Some(libc::EACCES | libc::EPERM) => {
+                anyhow!("permission denied; run as a user that may read it")
+            }
+            _ => anyhow!("cannot be opened{}: {error}", if write { " for writing" } else { "" }),
+        })?;
+        let kind = FileKind::of(&file)?;
+        let len = kind.len(&file).context("cannot get the length of the file")?;
+        Ok(Self { file, kind, len, failure: RefCell::new(None) })
+    }
+
+    /// An error of the library, with what the operating system said of it, if anything.
+    pub fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        match self.failure.take() {
+            Some(failure) => anyhow!("{error} ({failure})"),
+            None => error,
+        }
+    }
+
+    /// How QEMU calls what the image is stored in.
+    pub fn protocol(&self) -> &'static str {
+        match self.kind {
+            FileKind::Regular => "file",
+            FileKind::BlockDevice { .. } => "host_device",
+        }
+    }
+
+    fn wrote<T>(&self, result: io::Result<T>) -> Result<T, WriteError> {
+        result.map_err(|error| {
+            self.failure.replace(Some(error));
+            WriteError
+        })
+    }
+}
+
+impl ReadAt for ImageFile {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.file.read_at(&mut buf[done..], offset.saturating_add(done as u64)) {
+                Ok(0) => break,
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Behind the largest offset that there is.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) && offset >= self.len => {
+                    break;
+                }
+                Err(error) => {
+                    self.failure.replace(Some(error));
+                    return Err(ReadError);
+                }
+            }
+        }
+        buf[done..].fill(0);
+        Ok(())
+    }
+}
+
+impl RepairIo for ImageFile {
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
+        self.wrote(self.file.write_all_at(bytes, offset))
+    }
+
+    fn sync(&mut self) -> Result<(), WriteError> {
+        self.wrote(self.file.sync_data())
+    }
+
+    fn set_len(&mut self, len: u64) -> Result<(), WriteError> {
+        match self.kind {
+            FileKind::Regular => self.wrote(self.file.set_len(len))?,
+            FileKind::BlockDevice { size } if len <= size => {}
+            FileKind::BlockDevice { .. } => {
+                let full = io::Error::from_raw_os_error(libc::ENOSPC);
+                return self.wrote(Err(full));
+            }
+        }
+        self.len = len.max(self.len);
+        Ok(())
+    }
+}
