@@ -66,13 +66,26 @@ pub struct Run {
     fault: Option<Fault>,
     /// An error was injected since the image was opened: requests may fail.
     faulted: bool,
+    /// What the first fault hit.
+    first: Option<Hit>,
+    /// At which step each tag's request was submitted.
+    asked: Vec<u64>,
     /// What happened, in words, if somebody wants to know.
     pub trace: Option<Vec<String>>,
     judge: Judge,
 }
 
+/// What a fault hit, and when.
+#[derive(Clone, Copy, Debug)]
+struct Hit {
+    step: u64,
+    kind: OpKind,
+}
+
 /// Clusters of a refcount table that has been replaced and not yet been given back.
 const MOVING: u64 = 4;
+
+const SECTOR_U32: u32 = 512;
 
 /// A result in words.
 pub type Told<T> = Result<T, String>;
@@ -123,6 +136,8 @@ impl Run {
             ended: 0,
             fault: None,
             faulted: false,
+            first: None,
+            asked: std::vec![0; usize::from(workload.options.depth)],
             trace: None,
             judge: Judge::default(),
         };
@@ -160,6 +175,12 @@ impl Run {
         self.faulted
     }
 
+    /// Had the fault an effect?
+    #[must_use]
+    pub fn was_faulted(&self) -> bool {
+        self.first.is_some()
+    }
+
     /// Has a fault ended the life of the image: it does not open, or not close?
     #[must_use]
     pub fn is_stuck(&self) -> bool {
@@ -194,7 +215,7 @@ impl Run {
         let held = stats.reserved + stats.quarantined;
         let bound = self.world.engine.leak_bound().max(since + held);
         let bound = self.held.iter().copied().fold(bound, u64::max);
-        if self.faulted { u64::MAX } else { self.leaks_before + bound + MOVING }
+        if self.faulted { u64::MAX } else { self.leaks_before.saturating_add(bound + MOVING) }
     }
 
     fn allocated(&self) -> u64 {
@@ -290,6 +311,7 @@ impl Run {
     /// The guest submits this request.
     pub fn request(&mut self, tag: u16, request: Request) {
         self.tell(|run| format!("guest {tag}: {}", words(request, &run.guest)));
+        self.asked[usize::from(tag)] = self.steps;
         let bytes = self.guest.submit(tag, request, &mut self.pool.borrow_mut());
         if request == Request::Flush {
             self.flushes.push((tag, self.allocated()));
@@ -326,6 +348,8 @@ impl Run {
         let number = self.ended;
         self.ended += 1;
         let hit = self.fault.filter(|it| it.index == number || it.lasting && it.index < number);
+        let memory = matches!(op.kind, OpKind::Fill { .. } | OpKind::CopyFill { .. });
+        let hit = hit.filter(|it| !memory && (it.kind.is_some() || len > SECTOR_U32));
         let sectors = u64::from(len) / SECTOR as u64;
         let part = |end: u64| {
             if end == 0 { 0 } else { u32::try_from(part % end * SECTOR as u64).expect("short") }
@@ -334,7 +358,11 @@ impl Run {
         let (error, most) = match hit {
             None if flaky.is_some() => (flaky, part(sectors + 1)),
             Some(Fault { kind: Some(kind), .. }) => (Some(kind), part(sectors + 1)),
-            Some(Fault { kind: None, .. }) if len != 0 => (None, part(sectors)),
+            // A read of nothing would be the end of the file.
+            Some(Fault { kind: None, .. }) if matches!(op.kind, OpKind::Read { .. }) => {
+                (None, part(sectors - 1) + SECTOR_U32)
+            }
+            Some(Fault { kind: None, .. }) => (None, part(sectors)),
             // A read of nothing would be the end of the file.
             _ if short && matches!(op.kind, OpKind::Read { .. }) => match sectors {
                 0 | 1 => (None, u32::MAX),
@@ -344,6 +372,9 @@ impl Run {
             _ => (None, u32::MAX),
         };
         self.faulted |= hit.is_some();
+        if hit.is_some() {
+            self.first.get_or_insert(Hit { step: self.steps, kind: op.kind });
+        }
         self.tell(|_| match (error, most) {
             (Some(kind), most) => format!("disk: {:?} fails ({kind}) after {most} bytes", op.kind),
             (None, u32::MAX) => format!("disk: {:?} done", op.kind),
@@ -400,6 +431,9 @@ impl Run {
                     "{request:?} was answered with {kind}, but nothing failed; {health:?}"
                 ));
             }
+            if let Err(kind) = reply.result {
+                self.check_honest(reply.tag, request, kind)?;
+            }
             if request == Request::Flush {
                 let at = self.flushes.iter().position(|&(tag, _)| tag == reply.tag);
                 let (_, allocated) = self.flushes.swap_remove(at.expect("noted when submitted"));
@@ -415,6 +449,81 @@ impl Run {
             }
             None => Ok(()),
         }
+    }
+
+    /// May this request fail with this error, after a fault that was met once?
+    fn check_honest(&self, tag: u16, request: Request, found: IoErrorKind) -> Told<()> {
+        let (Some(Fault { kind, lasting: false, .. }), Some(hit)) = (self.fault, self.first) else {
+            return Ok(());
+        };
+        if self.workload.errors != 0 {
+            // Other transfers fail, too.
+            return Ok(());
+        }
+        // These end writing for good, or may: a table that cannot be read while it is folded into.
+        let latches =
+            matches!(hit.kind, OpKind::MetaWrite { .. } | OpKind::MetaRead { .. } | OpKind::Sync);
+        if latches && kind.is_some() {
+            return Ok(());
+        }
+        let wrong = |why| {
+            let fault = hit.kind;
+            Err(format!("{request:?} was answered with {found}, {why}; the fault was {fault:?}"))
+        };
+        let owner = match hit.kind {
+            OpKind::Read { tag, .. } | OpKind::Write { tag, .. } | OpKind::Inflate { tag, .. } => {
+                Some(tag)
+            }
+            _ => None,
+        };
+        match kind {
+            None => wrong("but a short transfer is no failure"),
+            Some(kind) if kind != found => wrong("but that was not the error"),
+            _ if self.asked[usize::from(tag)] > hit.step => wrong("but came after the fault"),
+            _ if owner.is_some_and(|owner| owner != tag) => wrong("but it was another's operation"),
+            _ if matches!(self.world.engine.health(), Health::Failed(_)) => {
+                wrong("and writing has ended for good")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The disk is well again: closes the image, opens it, and reads all of it.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn close_and_reopen(&mut self) -> Told<()> {
+        self.fault = None;
+        self.workload.errors = 0;
+        if self.stage == Stage::Serving {
+            self.stage = Stage::Closing;
+            self.world.engine.close();
+            self.world.pump(Some(&self.guest));
+        } else if self.stage == Stage::Opening && self.is_stuck() {
+            // It did not open. It does now, or it is as if the process had died.
+            self.die()?;
+        }
+        let mut opened = false;
+        for _ in 0..3000 {
+            match self.stage {
+                Stage::Serving if opened => {
+                    self.settle()?;
+                    return self.read_all();
+                }
+                Stage::Closing if self.world.in_flight.is_empty() => {
+                    if !self.world.engine.is_closed() {
+                        return Err(format!("closing hangs: {}", self.world.engine.waits()));
+                    }
+                    self.closed()?;
+                    opened = true;
+                }
+                Stage::Opening if self.world.engine.is_ready() => self.opened()?,
+                Stage::Serving => opened = true,
+                Stage::Opening | Stage::Closing => self.complete_one()?,
+            }
+            self.look()?;
+        }
+        Err("closing and opening does not end".into())
     }
 
     /// What a reader of the file sees now; returns the leaks, and `self.judge` the content.
@@ -471,7 +580,10 @@ impl Run {
         if !self.world.in_flight.is_empty() {
             return Err(format!("the engine is closed, but has {:?}", kinds(&self.world)));
         }
-        if !self.faulted {
+        if self.faulted {
+            // Whatever was reserved stays counted.
+            self.leaks_before = u64::MAX / 2;
+        } else {
             let leaks = self.check_view()?;
             if leaks > self.leaks_before {
                 let before = self.leaks_before;

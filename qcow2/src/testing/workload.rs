@@ -159,6 +159,25 @@ pub fn all() -> Vec<Workload> {
             steps: 150,
             ..base("growth", ImageSpec { near: Some(Limit::Table(12)), ..plain(9, 32 << 10) })
         },
+        // A block counts 64 clusters here: the reservation goes past blocks that are not linked.
+        Workload {
+            options: Options { reservation: 64 << 10, ..normal() },
+            deaths: 0,
+            closes: 300,
+            steps: 150,
+            ..base(
+                "growth-64",
+                ImageSpec { near: Some(Limit::Table(70)), refcount_order: 6, ..plain(9, 64 << 10) },
+            )
+        },
+        // The same few clusters, mapped and unmapped while rounds go on.
+        Workload {
+            mix: Mix { write: 5, flush: 3, zero: 3, discard: 3, fua: 1, read: 0 },
+            deaths: 0,
+            closes: 0,
+            steps: 200,
+            ..base("replaced", ImageSpec { backing: 4 << 10, ..plain(10, 4 << 10) })
+        },
         Workload { errors: 12, ..base("flaky", plain(9, 16 << 10)) },
         Workload {
             errors: 12,
