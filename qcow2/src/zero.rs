@@ -284,7 +284,7 @@ impl Engine {
         if self.decoder.data_file && (known.data || self.overlay.get(cluster).is_some()) {
             return Ok(if how.discard { Change::Punch } else { Change::Write(known.mapping) });
         }
-        if let Some(pointer) = known.owned.filter(|_| !self.decoder.data_file) {
+        if let Some(pointer) = known.owned {
             self.check_overlap(pointer.at, 1)?;
         }
         let keep = known.owned.filter(|_| !unmap);
