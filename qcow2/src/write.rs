@@ -269,8 +269,10 @@ impl Engine {
     /// What is to be filled for a piece.
     fn span(&self, piece: Piece, target: Target) -> Span {
         let geometry = self.geometry();
+        let partial = piece.within != 0 || u64::from(piece.bytes) < geometry.cluster_size();
         // A cluster that was there before may hold other subclusters.
         let units_only = geometry.has_extended_l2()
+            && partial
             && target.before != Before::Content
             && (!target.allocated || self.fills_units(piece, target.before));
         if !units_only {
