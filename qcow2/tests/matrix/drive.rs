@@ -33,6 +33,8 @@ pub struct Drive<'a> {
     /// Where requests went lately.
     recent: Vec<u64>,
     log: &'a mut Vec<String>,
+    /// Discards keep the space.
+    pub keep: bool,
     now_ms: u64,
 }
 
@@ -58,10 +60,10 @@ pub fn difference(found: &[u8], expected: &[u8], offset: u64) -> Result<(), Stri
     if found.len() != expected.len() {
         return Err(format!("{} bytes, not {}", found.len(), expected.len()));
     }
-    let places = found.iter().zip(expected).enumerate().filter(|(_, (a, b))| a != b);
+    let mut places = found.iter().zip(expected).enumerate().filter(|(_, (a, b))| a != b);
     let count = places.clone().count();
     let (at, (found, expected)) = places.clone().next().expect("they differ");
-    let last = offset + places.last().map_or(0, |(at, _)| at as u64);
+    let last = offset + places.next_back().map_or(0, |(at, _)| at as u64);
     let at = offset + at as u64;
     Err(format!("byte {at} is {found:#x}, not {expected:#x}; {count} differ, the last at {last}"))
 }
@@ -76,7 +78,7 @@ impl<'a> Drive<'a> {
     ) -> Self {
         let busy = vec![None; files.buffers.len()];
         let (short, recent) = (Vec::new(), vec![0]);
-        Self { files, row, model, prng, busy, short, recent, log, now_ms: 0 }
+        Self { files, row, model, prng, busy, short, recent, log, keep: false, now_ms: 0 }
     }
 
     /// Makes so many requests, and closes the image.
@@ -95,13 +97,13 @@ impl<'a> Drive<'a> {
                 break;
             } else if self.submit() {
                 made += 1;
+                self.take_replies()?;
             }
             if self.prng.one_in(64) {
                 self.now_ms += self.prng.below(10_000);
                 self.files.engine.tick(self.now_ms);
             }
         }
-        self.take_replies()?;
         let hang: Vec<_> = self.busy.iter().flatten().map(|busy| busy.request).collect();
         if !hang.is_empty() {
             return Err(format!("requests hang: {hang:?} {}", self.files.engine.waits()));
@@ -253,11 +255,12 @@ impl<'a> Drive<'a> {
     }
 
     /// Whole clusters are zeros now; the rest is what it was. A data file whose host can't punch
-    /// keeps its bytes, and so does version 2 where a hole would show what lies beneath.
+    /// keeps its bytes, and so does version 2, which has no zero clusters, where a hole would show
+    /// what lies beneath or the space is to be kept.
     fn discarded(&mut self, offset: u64, bytes: &[u8]) -> Result<(), String> {
         let cluster = self.row.cluster();
         let may_stay = (self.row.has_data_file() && self.files.plain)
-            || (self.row.is_v2() && self.row.backing() != Backing::None);
+            || (self.row.is_v2() && (self.keep || self.row.backing() != Backing::None));
         let start = offset.next_multiple_of(cluster);
         let end = offset + bytes.len() as u64;
         let end = if end == SIZE { end } else { end - end % cluster };

@@ -48,7 +48,9 @@ pub fn fill(prng: &mut Prng, size: u64, compressed: Option<u64>, count: u64) -> 
         let kind = prng.below(8);
         if let Some(cluster) = compressed.filter(|_| kind < 5) {
             start -= start % cluster;
+            // Each cluster takes QEMU its time.
             len = len.next_multiple_of(cluster).min((size - start) / cluster * cluster);
+            len = len.min(cluster * 256);
             let apart = |&(at, bytes): &(u64, u64)| at >= start + len || at + bytes <= start;
             if len != 0 && taken.iter().all(apart) {
                 // QEMU writes nothing compressed where a cluster is allocated.

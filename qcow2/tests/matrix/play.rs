@@ -40,7 +40,8 @@ pub fn play(dir: &Path, row: Row, seed: u64, log: &mut Vec<String>) -> Result<()
     let mut files = Files::open(&path, &options)?;
     files.plain = prng.one_in(4);
     log.push(format!("{options:?} plain={}", files.plain));
-    let drive = Drive::new(files, row, made.model, &mut prng, log);
+    let mut drive = Drive::new(files, row, made.model, &mut prng, log);
+    drive.keep = options.discards == Discards::Keep;
     let model = drive.run(REQUESTS)?;
     log.push("closed".to_string());
     judge(dir, row, &model).map_err(|text| format!("after our sequence: {text}"))?;

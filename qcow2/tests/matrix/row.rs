@@ -148,9 +148,7 @@ pub const RULES: [Rule; 10] = [
     ("v2 has no extended L2 entries", |row| row.is_v2() && row.extended()),
     ("v2 has no zstd", |row| row.is_v2() && row.storage() == Storage::Zstd),
     ("v2 has no data file", |row| row.is_v2() && row.has_data_file()),
-    ("extended L2 entries need clusters of 16K", |row| {
-        row.extended() && row.cluster_bits() < 14
-    }),
+    ("extended L2 entries need clusters of 16K", |row| row.extended() && row.cluster_bits() < 14),
     ("a raw data file has nothing beneath", |row| {
         row.storage() == Storage::DataFileRaw && row.backing() != Backing::None
     }),
