@@ -60,7 +60,10 @@ impl Engine {
         let busy = self.ops.in_flight() != 0;
         if !busy && (self.epochs.is_volatile() || self.is_dirty() || !self.quarantine.is_empty()) {
             self.round.wanted = true;
-            self.advance_round();
+            if self.advance_round() && self.ops.in_flight() == 0 {
+                // It had nothing to write and was over at once: what waited for it goes on.
+                self.advance_close();
+            }
         } else if !busy && !truncated {
             self.life = Life::Closing { truncated: true };
             let mut to = self.allocator.unused_end(self.geometry());
