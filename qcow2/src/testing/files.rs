@@ -246,7 +246,8 @@ impl Files {
     pub fn close(mut self) -> Health {
         self.engine.close();
         self.settle();
-        assert!(self.engine.is_closed(), "nothing is in flight, but the engine is not closed");
+        let waits = self.engine.waits();
+        assert!(self.engine.is_closed(), "nothing is in flight, but it is not closed: {waits}");
         self.engine.health()
     }
 
