@@ -133,7 +133,7 @@ impl Engine {
             && !self.decoder.data_file
             && !matches!(run.mapping, Mapping::Compressed(_));
         if can && before == 0 && whole != 0 {
-            return self.zero_units(id, self.cut_units(piece, whole), how);
+            return self.zero_units(id, self.cut_units(piece, whole), how, run.mapping);
         }
         if can && before + u64::from(piece.bytes) > 1 << bits && before != 0 {
             // Up to where a whole subcluster begins.
@@ -143,7 +143,13 @@ impl Engine {
     }
 
     /// Whole subclusters of one cluster: by their bits alone.
-    fn zero_units(&mut self, id: RequestId, piece: Piece, how: Zeroing) -> Step<()> {
+    fn zero_units(
+        &mut self,
+        id: RequestId,
+        piece: Piece,
+        how: Zeroing,
+        mapping: Mapping,
+    ) -> Step<()> {
         self.ensure_table(piece.cluster)?;
         let table = self.l2_table(piece.cluster).expect("ensured");
         let place = self.entry_place(table, piece.cluster);
@@ -157,6 +163,10 @@ impl Engine {
         let (first, count) = (piece.within >> bits, u64::from(piece.bytes) >> bits);
         let units = u32::try_from(((1_u64 << count) - 1) << first).expect("32 units");
         let entry = self.l2_cache.entry(slot, place.index);
+        if matches!(self.decoder.reference(entry, piece.cluster), Reference::Compressed { .. }) {
+            // What replaces it is not folded yet, and its own entry has no subclusters.
+            return self.write_piece(id, piece, mapping);
+        }
         let bitmap = (entry.bitmap & !u64::from(units)) | u64::from(units) << 32;
         let pending = self.overlay.get(piece.cluster);
         let left = pending.map_or(0, |known| known.units() & !units);
