@@ -216,7 +216,13 @@ impl Engine {
                 | OpKind::Extend { .. }
                 | OpKind::Truncate { .. }
         );
-        if let (FileId::Data, OpKind::Write { offset, len, .. }) = (state.file, state.kind) {
+        if let (
+            FileId::Data,
+            OpKind::Write { offset, len, .. }
+            | OpKind::WriteZeros { offset, len }
+            | OpKind::CopyWrite { offset, len, .. },
+        ) = (state.file, state.kind)
+        {
             self.data_len = self.data_len.map(|before| before.max(offset + u64::from(len)));
         }
         // Also when it failed: some of it may have got there. (A punch need not become durable:
