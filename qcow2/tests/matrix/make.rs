@@ -136,6 +136,13 @@ pub fn create(dir: &Path, row: Row) -> Result<(), String> {
     Ok(())
 }
 
+/// Cuts off the zeros at the end of a file.
+fn shorten(path: &Path) -> std::io::Result<()> {
+    let bytes = std::fs::read(path)?;
+    let used = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+    File::options().write(true).open(path)?.set_len(used.next_multiple_of(512) as u64)
+}
+
 /// Fills the image of a row, with a snapshot in the middle if the row has one.
 ///
 /// # Errors
@@ -144,6 +151,9 @@ pub fn make(dir: &Path, row: Row, prng: &mut Prng) -> Result<Made, String> {
     create(dir, row)?;
     let compressed = row.is_compressed().then_some(row.cluster());
     tool::io(dir, IMAGE, &fill(prng, SIZE, compressed, 24))?;
+    if row.storage() == Storage::DataFile && prng.one_in(2) {
+        shorten(&dir.join(DATA)).map_err(|error| error.to_string())?;
+    }
     let mut model = tool::content(dir, IMAGE)?;
     let mut snapshot = None;
     if row.snapshot() {
