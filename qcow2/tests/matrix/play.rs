@@ -10,8 +10,10 @@ use crate::make::{self, DATA, IMAGE, SNAPSHOT};
 use crate::row::{Row, SIZE, Storage};
 use crate::tool;
 
-/// Requests of the sequence.
-const REQUESTS: u64 = 300;
+/// Requests of the sequence: few where each copies and inflates a lot.
+fn requests(row: Row) -> u64 {
+    if row.cluster_bits() == 21 { 160 } else { 300 }
+}
 
 fn options(prng: &mut Prng) -> Options {
     Options {
@@ -42,7 +44,7 @@ pub fn play(dir: &Path, row: Row, seed: u64, log: &mut Vec<String>) -> Result<()
     log.push(format!("{options:?} plain={}", files.plain));
     let mut drive = Drive::new(files, row, made.model, &mut prng, log);
     drive.keep = options.discards == Discards::Keep;
-    let model = drive.run(REQUESTS)?;
+    let model = drive.run(requests(row))?;
     log.push("closed".to_string());
     judge(dir, row, &model).map_err(|text| format!("after our sequence: {text}"))?;
 
