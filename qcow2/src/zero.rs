@@ -19,7 +19,8 @@
 //!
 //! In an external data file each guest cluster has its place for good. What is data there stays
 //! mapped: write zeroes writes zeros, and a discard punches a hole into the data file, whose order
-//! is that of any write.
+//! is that of any write. Only a cluster of which some subclusters show what lies beneath becomes a
+//! zero cluster when it is discarded.
 
 use crate::cache::SlotId;
 use crate::engine::Engine;
@@ -58,8 +59,9 @@ enum Change {
 struct Known {
     /// The mapping of its first unit.
     mapping: Mapping,
-    /// Some of it is data.
+    /// Some of it is data; all of it is.
     data: bool,
+    all_data: bool,
     /// Its host cluster, if it has one that may be kept.
     owned: Option<Pointer>,
     /// It counts something.
@@ -264,10 +266,13 @@ impl Engine {
         let zero_bits = entry.bitmap >> 32 == u32::MAX.into();
         let any_bits = entry.bitmap != 0;
         let data_bits = entry.bitmap << 32 != 0;
+        let pending = overlay.map_or(0, |entry| entry.units());
+        let data_units = entry.bitmap & u64::from(u32::MAX) | u64::from(pending);
         let compressed = matches!(mapping, Mapping::Compressed(_));
         Some(Known {
             mapping,
             data: if extended { data_bits } else { matches!(mapping, Mapping::Data(_)) },
+            all_data: !extended || data_units == u32::MAX.into(),
             owned,
             counts: overlay.is_some() || reference != Reference::Nothing,
             zero: overlay.is_none()
@@ -292,9 +297,15 @@ impl Engine {
             return Ok(Change::Nothing);
         }
         if self.decoder.data_file && (known.data || self.overlay.get(cluster).is_some()) {
-            return Ok(if how.discard { Change::Punch } else { Change::Write(known.mapping) });
+            if !how.discard {
+                return Ok(Change::Write(known.mapping));
+            }
+            if known.all_data || !beneath {
+                return Ok(Change::Punch);
+            }
+            // A hole would leave the subclusters as they are that show what lies beneath.
         }
-        if let Some(pointer) = known.owned.filter(|_| !self.decoder.data_file) {
+        if let Some(pointer) = known.owned {
             self.check_overlap(pointer.at, 1)?;
         }
         let keep = known.owned.filter(|_| !unmap);
@@ -335,8 +346,8 @@ impl Engine {
             mark!("zero.released");
             self.quarantine_reference(old);
         }
-        // A host cluster that only the overlay knew.
-        if let Some(pending) = pending.filter(|_| empty)
+        // A host cluster that only the overlay knew. (Nobody counts those of a data file.)
+        if let Some(pending) = pending.filter(|_| empty && !self.decoder.data_file)
             && Some(pending.host) != place(old)
             && Some(pending.host) != now
         {

@@ -16,6 +16,7 @@
 //! | [`pool`], [`prng`] | contents of sectors by number; random numbers |
 //! | [`disk`], [`rules`] | what is durable and what may be lost; the rules of order, from outside |
 //! | [`world`], [`image`] | an engine and its disk; images made in code |
+//! | [`files`] | an engine on real files, with all that an image names |
 //! | [`guest`] | what each guest sector may hold, now and after a crash |
 //! | [`cuts`], [`judge`] | the states a crash may leave, and whether one is right |
 //! | [`format`] | what headers and table words say, for judge and rules |
@@ -29,6 +30,7 @@ pub mod cuts;
 pub mod disk;
 pub mod explore;
 pub mod faults;
+pub mod files;
 pub(crate) mod format;
 pub mod fuzz;
 pub mod guest;
@@ -45,6 +47,7 @@ pub mod workload;
 pub mod world;
 
 pub use disk::Disk;
+pub use files::Files;
 pub use pool::{Pool, SECTOR, SectorId, SharedPool};
 pub use prng::Prng;
 pub use world::World;
