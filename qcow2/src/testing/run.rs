@@ -55,12 +55,6 @@ pub struct Run {
     now_ms: u64,
     /// Clusters that may have been leaked before the image was opened.
     leaks_before: u64,
-    /// For each FLUSH under way: what had been allocated when it was submitted.
-    flushes: Vec<(u16, u64)>,
-    allocated_at_flush: u64,
-    /// The most that reservation, quarantine and the like have held since the last sync but one: a
-    /// decrement leaves them when it is made, and is durable one sync later.
-    held: [u64; 3],
     /// Operations that have ended.
     pub ended: u64,
     fault: Option<Fault>,
@@ -70,9 +64,6 @@ pub struct Run {
     pub trace: Option<Vec<String>>,
     judge: Judge,
 }
-
-/// Clusters of a refcount table that has been replaced and not yet been given back.
-const MOVING: u64 = 4;
 
 /// A result in words.
 pub type Told<T> = Result<T, String>;
@@ -117,9 +108,6 @@ impl Run {
             steps: 0,
             now_ms: 0,
             leaks_before: leaks,
-            flushes: Vec::new(),
-            allocated_at_flush: 0,
-            held: [0; 3],
             ended: 0,
             fault: None,
             faulted: false,
@@ -186,20 +174,10 @@ impl Run {
         self.guest.demand(self.most_leaks(), &self.pool.borrow(), out);
     }
 
-    /// Clusters that may be leaked now: what was before this life; what was allocated since the
-    /// last FLUSH in it; reservation, quarantine and pending decrements.
+    /// Clusters that may be leaked now: what was before this life, and what the engine says.
     fn most_leaks(&self) -> u64 {
-        let since = self.allocated() - self.allocated_at_flush;
-        let stats = self.world.engine.stats();
-        let held = stats.reserved + stats.quarantined;
-        let bound = self.world.engine.leak_bound().max(since + held);
-        let bound = self.held.iter().copied().fold(bound, u64::max);
-        if self.faulted { u64::MAX } else { self.leaks_before + bound + MOVING }
-    }
-
-    fn allocated(&self) -> u64 {
-        let stats = self.world.engine.stats();
-        stats.allocated_data + stats.allocated_metadata
+        let bound = self.world.engine.leak_bound();
+        if self.faulted { u64::MAX } else { self.leaks_before + bound }
     }
 
     /// One event.
@@ -291,9 +269,6 @@ impl Run {
     pub fn request(&mut self, tag: u16, request: Request) {
         self.tell(|run| format!("guest {tag}: {}", words(request, &run.guest)));
         let bytes = self.guest.submit(tag, request, &mut self.pool.borrow_mut());
-        if request == Request::Flush {
-            self.flushes.push((tag, self.allocated()));
-        }
         self.world.submit_for(tag, request, bytes, Some(&self.guest));
     }
 
@@ -349,11 +324,6 @@ impl Run {
             (None, u32::MAX) => format!("disk: {:?} done", op.kind),
             (None, most) => format!("disk: {:?} is short, {most} bytes", op.kind),
         });
-        let bound = self.world.engine.leak_bound();
-        self.held[0] = self.held[0].max(bound);
-        if op.kind == OpKind::Sync {
-            self.held = [bound, self.held[0], self.held[1]];
-        }
         self.world.end(index, error, most, Some(&self.guest));
         if matches!(self.world.engine.health(), Health::Failed(_)) {
             self.world.disk.latch();
@@ -399,13 +369,6 @@ impl Run {
                 return Err(format!(
                     "{request:?} was answered with {kind}, but nothing failed; {health:?}"
                 ));
-            }
-            if request == Request::Flush {
-                let at = self.flushes.iter().position(|&(tag, _)| tag == reply.tag);
-                let (_, allocated) = self.flushes.swap_remove(at.expect("noted when submitted"));
-                if reply.result.is_ok() {
-                    self.allocated_at_flush = self.allocated_at_flush.max(allocated);
-                }
             }
         }
         match self.world.broken.take() {
@@ -494,9 +457,6 @@ impl Run {
             .map_err(|error| format!("the image does not open again: {error}"))?;
         (self.world.plain, self.world.full) = (plain, full);
         self.stage = Stage::Opening;
-        self.flushes.clear();
-        self.allocated_at_flush = 0;
-        self.held = [0; 3];
         self.faulted &= self.fault.is_some_and(|fault| fault.lasting);
         self.world.pump(Some(&self.guest));
         Ok(())
