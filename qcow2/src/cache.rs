@@ -424,7 +424,7 @@ mod tests {
     #[test]
     fn refcounts_of_every_width_are_kept_apart() {
         for order in 0..=6 {
-            let count = 512 * 8 >> order;
+            let count = (512 * 8) >> order;
             let most = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
             let value = |index: usize| (index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) & most;
             let mut bytes = [0xaa; 512];

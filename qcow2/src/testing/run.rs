@@ -6,7 +6,7 @@ use std::string::String;
 use std::vec::Vec;
 
 use crate::error::IoErrorKind;
-use crate::op::{OpKind, Request};
+use crate::op::{OpId, OpKind, Request};
 use crate::report::Health;
 use crate::testing::disk::Disk;
 use crate::testing::guest::{Demand, Guest, describe};
@@ -58,6 +58,8 @@ pub struct Run {
     /// Operations that have ended.
     pub ended: u64,
     fault: Option<Fault>,
+    /// The operation that was last short by all it asked for.
+    stalled: Option<OpId>,
     /// An error was injected since the image was opened: requests may fail.
     faulted: bool,
     /// What happened, in words, if somebody wants to know.
@@ -110,6 +112,7 @@ impl Run {
             leaks_before: leaks,
             ended: 0,
             fault: None,
+            stalled: None,
             faulted: false,
             trace: None,
             judge: Judge::default(),
@@ -315,9 +318,11 @@ impl Run {
                 0 | 1 => (None, u32::MAX),
                 _ => (None, part(sectors - 1) + 512),
             },
-            _ if short && len != 0 => (None, part(sectors)),
+            // Nothing at all is transferred once, but not again and again: that is an error.
+            _ if short && len != 0 && self.stalled != Some(op.id) => (None, part(sectors)),
             _ => (None, u32::MAX),
         };
+        self.stalled = if most == 0 { Some(op.id) } else { self.stalled };
         self.faulted |= hit.is_some();
         self.tell(|_| match (error, most) {
             (Some(kind), most) => format!("disk: {:?} fails ({kind}) after {most} bytes", op.kind),
