@@ -339,7 +339,8 @@ impl Engine {
     #[must_use]
     pub fn leak_bound(&self) -> u64 {
         let allocated = self.stats.allocated_data + self.stats.allocated_metadata;
-        self.allocator.reserved() + self.quarantine.clusters() + allocated - self.allocated_durable
+        let released = self.quarantine.clusters() + self.quarantine.settling();
+        self.allocator.reserved() + released + self.moving() + allocated - self.allocated_durable
     }
 
     /// How many clusters of those allocated have a mapping that the next round makes durable.

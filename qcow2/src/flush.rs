@@ -196,6 +196,7 @@ impl Engine {
         self.round.wanted = false;
         self.round.number += 1;
         self.round.allocated = self.allocated_and_settled();
+        self.quarantine.round_begins();
         self.dirty_since_ms = None;
         for state in &mut self.requests {
             if state.wait == Wait::NextFlush {
@@ -232,6 +233,7 @@ impl Engine {
         let next = match self.round.phase {
             Phase::SyncA => {
                 self.round.synced = number;
+                self.quarantine.round_synced();
                 self.reserve_synced(number);
                 self.tables_to_link(number);
                 self.begin_fold();

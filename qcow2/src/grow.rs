@@ -101,6 +101,12 @@ impl Engine {
         false
     }
 
+    /// Clusters of a refcount table that the header may not name any more.
+    pub(crate) fn moving(&self) -> u64 {
+        let old = self.geometry().clusters_for(self.refcount_table.extent().len);
+        self.round.grown.as_ref().map_or(0, |_| old)
+    }
+
     fn give_up_growing(&mut self, kind: IoErrorKind) {
         self.allocator.must_grow = false;
         self.round.grown = None;

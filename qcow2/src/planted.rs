@@ -101,6 +101,10 @@ bugs! {
     SubclusterBeforeData,
     /// A host cluster that is still counted is punched.
     SharedClusterPunched,
+    /// A FLUSH syncs the image and not its external data file.
+    DataFileNotSynced,
+    /// A new subcluster does not get what lies around the payload.
+    SubclusterNotFilled,
 }
 
 #[cfg(feature = "planted-bugs")]

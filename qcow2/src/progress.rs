@@ -34,7 +34,8 @@ impl Engine {
         // Cleared before it is carried out: what completes from now on is not covered.
         self.epochs.cut();
         for file in [FileId::Image, FileId::Data] {
-            if file == FileId::Image || self.data_len.is_some() {
+            let has_data = self.data_len.is_some() && !planted::is(Bug::DataFileNotSynced);
+            if file == FileId::Image || has_data {
                 self.syncs += 1;
                 self.stats.syncs += 1;
                 self.emit_to(owner, file, OpKind::Sync);

@@ -59,6 +59,9 @@ struct Item {
 pub(crate) struct Quarantine {
     items: Vec<Item>,
     clusters: u64,
+    /// Clusters that have left, and whose lowered refcount is not durable: the present round makes
+    /// it so, or the next.
+    settling: [u64; 2],
 }
 
 /// Runs in quarantine; when it is full, those who unmap wait.
@@ -69,7 +72,8 @@ const MAX_FOLDED: usize = 4096;
 
 impl Quarantine {
     pub(crate) fn new() -> Self {
-        Self { items: Vec::with_capacity(MAX_ITEMS + MAX_FOLDED), clusters: 0 }
+        let items = Vec::with_capacity(MAX_ITEMS + MAX_FOLDED);
+        Self { items, clusters: 0, settling: [0; 2] }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -79,6 +83,21 @@ impl Quarantine {
     /// Clusters in quarantine.
     pub(crate) fn clusters(&self) -> u64 {
         self.clusters
+    }
+
+    /// Clusters that have left it, and are counted on disk.
+    pub(crate) fn settling(&self) -> u64 {
+        self.settling[0] + self.settling[1]
+    }
+
+    /// A round begins: it makes durable what was lowered before.
+    pub(crate) fn round_begins(&mut self) {
+        self.settling = [self.settling[0] + self.settling[1], 0];
+    }
+
+    /// The first fdatasync of the round has returned.
+    pub(crate) fn round_synced(&mut self) {
+        self.settling[0] = 0;
     }
 
     pub(crate) fn has_room(&self, runs: usize) -> bool {
@@ -230,6 +249,7 @@ impl Engine {
             return false;
         }
         if item.unused {
+            self.quarantine.settling[1] += item.count;
             self.release(number);
             return true;
         }
@@ -242,6 +262,7 @@ impl Engine {
         mark!("quarantine.still_counted");
         let item = self.quarantine.items.remove(number);
         self.quarantine.clusters -= item.count;
+        self.quarantine.settling[1] += item.count;
         for other in &mut self.quarantine.items {
             if other.shared && other.start == item.start {
                 other.before = other.before.max(item.before);

@@ -332,6 +332,9 @@ impl Engine {
         if planted::is(Bug::CopyWithoutTail) && at != 0 {
             return;
         }
+        if planted::is(Bug::SubclusterNotFilled) && self.geometry().has_extended_l2() {
+            return;
+        }
         let start = self.decoder.data_start(target.host).0;
         let copied = match target.before {
             Before::Zeros => 0,

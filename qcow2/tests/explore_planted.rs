@@ -14,7 +14,7 @@ fn hunt(bug: Bug, seed: u64) -> Option<(u64, String)> {
     let time = Some(Duration::from_secs(60));
     let config = Config {
         seed,
-        states: 3_000_000,
+        states: 6_000_000,
         threads: 1,
         sample: 0,
         time,

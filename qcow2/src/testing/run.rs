@@ -6,7 +6,7 @@ use std::string::String;
 use std::vec::Vec;
 
 use crate::error::IoErrorKind;
-use crate::op::{OpKind, Request};
+use crate::op::{OpId, OpKind, Request};
 use crate::report::Health;
 use crate::testing::disk::Disk;
 use crate::testing::guest::{Demand, Guest, describe};
@@ -55,15 +55,11 @@ pub struct Run {
     now_ms: u64,
     /// Clusters that may have been leaked before the image was opened.
     leaks_before: u64,
-    /// For each FLUSH under way: what had been allocated when it was submitted.
-    flushes: Vec<(u16, u64)>,
-    allocated_at_flush: u64,
-    /// The most that reservation, quarantine and the like have held since the last sync but one: a
-    /// decrement leaves them when it is made, and is durable one sync later.
-    held: [u64; 3],
     /// Operations that have ended.
     pub ended: u64,
     fault: Option<Fault>,
+    /// The operation that was last short by all it asked for.
+    stalled: Option<OpId>,
     /// An error was injected since the image was opened: requests may fail.
     faulted: bool,
     /// What the first fault hit.
@@ -81,9 +77,6 @@ struct Hit {
     step: u64,
     kind: OpKind,
 }
-
-/// Clusters of a refcount table that has been replaced and not yet been given back.
-const MOVING: u64 = 4;
 
 const SECTOR_U32: u32 = 512;
 
@@ -130,11 +123,9 @@ impl Run {
             steps: 0,
             now_ms: 0,
             leaks_before: leaks,
-            flushes: Vec::new(),
-            allocated_at_flush: 0,
-            held: [0; 3],
             ended: 0,
             fault: None,
+            stalled: None,
             faulted: false,
             first: None,
             asked: std::vec![0; usize::from(workload.options.depth)],
@@ -207,20 +198,10 @@ impl Run {
         self.guest.demand(self.most_leaks(), &self.pool.borrow(), out);
     }
 
-    /// Clusters that may be leaked now: what was before this life; what was allocated since the
-    /// last FLUSH in it; reservation, quarantine and pending decrements.
+    /// Clusters that may be leaked now: what was before this life, and what the engine says.
     fn most_leaks(&self) -> u64 {
-        let since = self.allocated() - self.allocated_at_flush;
-        let stats = self.world.engine.stats();
-        let held = stats.reserved + stats.quarantined;
-        let bound = self.world.engine.leak_bound().max(since + held);
-        let bound = self.held.iter().copied().fold(bound, u64::max);
-        if self.faulted { u64::MAX } else { self.leaks_before.saturating_add(bound + MOVING) }
-    }
-
-    fn allocated(&self) -> u64 {
-        let stats = self.world.engine.stats();
-        stats.allocated_data + stats.allocated_metadata
+        let bound = self.world.engine.leak_bound();
+        if self.faulted { u64::MAX } else { self.leaks_before.saturating_add(bound) }
     }
 
     /// One event.
@@ -313,9 +294,6 @@ impl Run {
         self.tell(|run| format!("guest {tag}: {}", words(request, &run.guest)));
         self.asked[usize::from(tag)] = self.steps;
         let bytes = self.guest.submit(tag, request, &mut self.pool.borrow_mut());
-        if request == Request::Flush {
-            self.flushes.push((tag, self.allocated()));
-        }
         self.world.submit_for(tag, request, bytes, Some(&self.guest));
     }
 
@@ -368,9 +346,11 @@ impl Run {
                 0 | 1 => (None, u32::MAX),
                 _ => (None, part(sectors - 1) + 512),
             },
-            _ if short && len != 0 => (None, part(sectors)),
+            // Nothing at all is transferred once, but not again and again: that is an error.
+            _ if short && len != 0 && self.stalled != Some(op.id) => (None, part(sectors)),
             _ => (None, u32::MAX),
         };
+        self.stalled = if most == 0 { Some(op.id) } else { self.stalled };
         self.faulted |= hit.is_some();
         if hit.is_some() {
             self.first.get_or_insert(Hit { step: self.steps, kind: op.kind });
@@ -380,11 +360,6 @@ impl Run {
             (None, u32::MAX) => format!("disk: {:?} done", op.kind),
             (None, most) => format!("disk: {:?} is short, {most} bytes", op.kind),
         });
-        let bound = self.world.engine.leak_bound();
-        self.held[0] = self.held[0].max(bound);
-        if op.kind == OpKind::Sync {
-            self.held = [bound, self.held[0], self.held[1]];
-        }
         self.world.end(index, error, most, Some(&self.guest));
         if matches!(self.world.engine.health(), Health::Failed(_)) {
             self.world.disk.latch();
@@ -433,13 +408,6 @@ impl Run {
             }
             if let Err(kind) = reply.result {
                 self.check_honest(reply.tag, request, kind)?;
-            }
-            if request == Request::Flush {
-                let at = self.flushes.iter().position(|&(tag, _)| tag == reply.tag);
-                let (_, allocated) = self.flushes.swap_remove(at.expect("noted when submitted"));
-                if reply.result.is_ok() {
-                    self.allocated_at_flush = self.allocated_at_flush.max(allocated);
-                }
             }
         }
         match self.world.broken.take() {
@@ -606,9 +574,6 @@ impl Run {
             .map_err(|error| format!("the image does not open again: {error}"))?;
         (self.world.plain, self.world.full) = (plain, full);
         self.stage = Stage::Opening;
-        self.flushes.clear();
-        self.allocated_at_flush = 0;
-        self.held = [0; 3];
         self.faulted &= self.fault.is_some_and(|fault| fault.lasting);
         self.world.pump(Some(&self.guest));
         Ok(())

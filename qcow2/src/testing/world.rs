@@ -344,35 +344,13 @@ impl World {
                 self.finish_read(op);
                 outcome(want, len)
             }
-            OpKind::Inflate { tag, at, source, from, len } => {
-                let Some(bytes) = self.inflate(op, source) else {
-                    self.finish_read(op);
-                    return Outcome::Error(IoErrorKind::Io);
-                };
-                let part = &bytes[from as usize..(from + len) as usize];
-                self.buffers[usize::from(tag)][at as usize..(at + len) as usize]
-                    .copy_from_slice(part);
+            OpKind::Inflate { .. }
+            | OpKind::CopyInflate { .. }
+            | OpKind::Fill { .. }
+            | OpKind::CopyFill { .. } => {
+                let found = self.bytes_for(op);
                 self.finish_read(op);
-                Outcome::Done
-            }
-            OpKind::CopyInflate { buffer, at, source, from, len } => {
-                let Some(bytes) = self.inflate(op, source) else {
-                    self.finish_read(op);
-                    return Outcome::Error(IoErrorKind::Io);
-                };
-                let part = &bytes[from as usize..(from + len) as usize];
-                self.copies[usize::from(buffer)][at as usize..(at + len) as usize]
-                    .copy_from_slice(part);
-                self.finish_read(op);
-                Outcome::Done
-            }
-            OpKind::CopyFill { buffer, at, len } => {
-                self.copies[usize::from(buffer)][at as usize..(at + len) as usize].fill(0);
-                Outcome::Done
-            }
-            OpKind::Fill { tag, at, len } => {
-                self.buffers[usize::from(tag)][at as usize..(at + len) as usize].fill(0);
-                Outcome::Done
+                found.map_or(Outcome::Error(IoErrorKind::Io), |()| Outcome::Done)
             }
             OpKind::Write { len, .. }
             | OpKind::WriteZeros { len, .. }
@@ -409,6 +387,32 @@ impl World {
                 Outcome::Done
             }
         }
+    }
+
+    /// Puts zeros, or a part of a compressed cluster, where the operation wants them.
+    fn bytes_for(&mut self, op: Op) -> Option<()> {
+        let part = |bytes: Vec<u8>, from: u32, len: u32| {
+            bytes[from as usize..(from + len) as usize].to_vec()
+        };
+        let (buffer, at, bytes) = match op.kind {
+            OpKind::Inflate { tag, at, source, from, len } => {
+                let bytes = part(self.inflate(op, source)?, from, len);
+                (&mut self.buffers[usize::from(tag)], at, bytes)
+            }
+            OpKind::CopyInflate { buffer, at, source, from, len } => {
+                let bytes = part(self.inflate(op, source)?, from, len);
+                (&mut self.copies[usize::from(buffer)], at, bytes)
+            }
+            OpKind::Fill { tag, at, len } => {
+                (&mut self.buffers[usize::from(tag)], at, vec![0; len as usize])
+            }
+            OpKind::CopyFill { buffer, at, len } => {
+                (&mut self.copies[usize::from(buffer)], at, vec![0; len as usize])
+            }
+            other => unreachable!("{other:?} is none of these"),
+        };
+        buffer[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+        Some(())
     }
 
     fn finish_read(&mut self, op: Op) {

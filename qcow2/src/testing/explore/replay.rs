@@ -8,7 +8,7 @@ use std::vec::Vec;
 use crate::check::Checker;
 use crate::testing::cuts::Cuts;
 use crate::testing::disk::{Disk, bytes_of};
-use crate::testing::explore::{Path, Violation};
+use crate::testing::explore::{BRANCH_STEPS, Path, Violation};
 use crate::testing::guest::Demand;
 use crate::testing::judge::{Judge, State};
 use crate::testing::pool::{Pool, SectorId};
@@ -80,9 +80,10 @@ fn follow(text: &str, trace: &mut Vec<String>) -> Result<(), String> {
     let pool = Pool::shared();
     let mut path = Path::root(workload.name, seed);
     let mut run = Run::new(&workload, path.seed, &pool)?;
-    for stage in &stages {
+    for (depth, stage) in stages.iter().enumerate() {
         run.trace = Some(Vec::new());
-        let result = advance(&mut run, stage.step);
+        let most = if depth == 0 { workload.steps } else { BRANCH_STEPS };
+        let result = advance(&mut run, stage.step, most);
         trace.append(run.trace.as_mut().expect("just set"));
         result?;
         let Some(state) = stage.state else { return Ok(()) };
@@ -109,8 +110,8 @@ fn follow(text: &str, trace: &mut Vec<String>) -> Result<(), String> {
     Ok(())
 }
 
-fn advance(run: &mut Run, step: u64) -> Result<(), String> {
-    let most = run.workload.steps;
+/// A run of `most` events ends when all is settled.
+fn advance(run: &mut Run, step: u64, most: u64) -> Result<(), String> {
     while run.steps < step.min(most) {
         run.step()?;
     }

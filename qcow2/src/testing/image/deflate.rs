@@ -78,8 +78,8 @@ impl Bits {
         self.push(0, 2);
         self.free = 0;
         let len = u16::try_from(bytes.len()).expect("a short run");
-        self.bytes.extend(len.to_le_bytes());
-        self.bytes.extend((!len).to_le_bytes());
+        self.push(len.into(), 16);
+        self.push((!len).into(), 16);
         self.bytes.extend(bytes);
     }
 }
@@ -146,14 +146,13 @@ pub fn inflate(bytes: &[u8], len: usize) -> Option<Vec<u8>> {
         let last = reader.bits(1)? == 1;
         match reader.bits(2)? {
             0 => {
-                let start = reader.at.div_ceil(8);
-                let head = bytes.get(start..start + 4)?;
-                let count = u16::from_le_bytes([head[0], head[1]]);
-                if count != !u16::from_le_bytes([head[2], head[3]]) {
+                reader.at = reader.at.next_multiple_of(8);
+                let (count, inverse) = (reader.bits(16)?, reader.bits(16)?);
+                if count != !inverse & 0xffff {
                     return None;
                 }
-                let end = start + 4 + usize::from(count);
-                out.extend_from_slice(bytes.get(start + 4..end)?);
+                let (start, end) = (reader.at / 8, reader.at / 8 + count as usize);
+                out.extend_from_slice(bytes.get(start..end)?);
                 reader.at = end * 8;
             }
             1 => loop {

@@ -98,9 +98,9 @@ impl<'a> Filler<'a> {
         }
         // Those that are compressed first: they share host clusters, which have to be adjacent.
         let compressed = self.spec.compressed;
-        let is_compressed = |turn: u64| compressed != 0 && turn % compressed == 0;
+        let is_compressed = |turn: u64| compressed != 0 && turn.is_multiple_of(compressed);
         for &(turn, guest) in all.iter().filter(|&&(turn, _)| is_compressed(turn)) {
-            self.compress(guest, number, turn / compressed % 3 == 0);
+            self.compress(guest, number, (turn / compressed).is_multiple_of(3));
         }
         for &(turn, guest) in all.iter().filter(|&&(turn, _)| !is_compressed(turn)) {
             let bitmap = if self.format.extended { BITMAPS[size(turn % 4)] } else { 0 };

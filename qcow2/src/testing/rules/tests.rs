@@ -419,3 +419,69 @@ fn a_truncation_below_what_is_referenced() {
     let kind = OpKind::Truncate { to: to(DATA) };
     refused(&bench.submit(kind, Vec::new(), None), "nothing that may be referenced is cut off");
 }
+
+/// The same image with a snapshot that shares the L2 table and cluster 5: their refcounts are 2,
+/// COPIED is clear. The table of snapshots is cluster 6, the L1 table of the only one cluster 7.
+fn with_snapshot() -> Bench {
+    let mut bench = Bench::opened();
+    let pool = Rc::clone(bench.disk.pool());
+    let mut header = *pool.borrow().words(bench.disk.durable[0]);
+    header[7] |= 1;
+    header[8] = to(6);
+    let mut counts = counting(&[0, 1, 2, 3, 6, 7]);
+    set_count(&mut counts, L2, 2);
+    set_count(&mut counts, DATA, 2);
+    for (cluster, words) in [
+        (0, header),
+        (L1, with(&[(0, to(L2))])),
+        (BLOCK, counts),
+        (L2, with(&[(0, to(DATA))])),
+        (6, with(&[(0, to(7)), (1, 2 << 32 | 1 << 16 | 4), (4, 16)])),
+        (7, with(&[(0, to(L2) | COPIED)])),
+    ] {
+        bench.disk.durable[size(cluster)] = pool.borrow_mut().intern_words(&words);
+    }
+    bench.disk.watch();
+    bench.sync();
+    bench
+}
+
+#[test]
+fn a_write_into_what_a_snapshot_has() {
+    for cluster in [L2, DATA, 6, 7] {
+        let mut bench = with_snapshot();
+        refused(&bench.data(cluster, 0), "a snapshot refers to never changes");
+        bench.complete();
+        refused(&bench.punch(cluster), "a snapshot refers to never changes");
+    }
+    let kind = OpKind::Truncate { to: to(7) };
+    let verdict = with_snapshot().submit(kind, Vec::new(), None);
+    refused(&verdict, "a snapshot refers to never changes");
+}
+
+#[test]
+fn a_decrement_while_snapshot_and_disk_share_a_cluster() {
+    let mut bench = with_snapshot();
+    let mut words = *bench.disk.pool().borrow().words(bench.disk.durable[size(BLOCK)]);
+    set_count(&mut words, L2, 1);
+    refused(&bench.meta(BLOCK, &words), "an unlinking is durable");
+    let mut bench = with_snapshot();
+    set_count(&mut words, L2, 2);
+    set_count(&mut words, DATA, 1);
+    refused(&bench.meta(BLOCK, &words), "an unlinking is durable");
+}
+
+#[test]
+fn the_right_order_of_copying_a_shared_table_is_accepted() {
+    let mut bench = with_snapshot();
+    let mut words = *bench.disk.pool().borrow().words(bench.disk.durable[size(BLOCK)]);
+    set_count(&mut words, 8, 1);
+    bench.written(BLOCK, &words);
+    bench.sync();
+    bench.copied(8, &with(&[(0, to(DATA))]));
+    bench.sync();
+    bench.written(L1, &with(&[(0, to(8) | COPIED)]));
+    bench.sync();
+    set_count(&mut words, L2, 1);
+    bench.written(BLOCK, &words);
+}
