@@ -49,6 +49,7 @@
 //! | [`units`], [`geometry`] | offsets and clusters as types; the constants of an image |
 //! | [`header`], [`entry`] | on-disk words and what they mean; what is refused, by name |
 //! | [`image`] | a checked image, ready for the engine |
+//! | [`bitmaps`] | persistent bitmaps: found, marked as in use, and left alone |
 //! | [`table`], [`cache`], [`metaset`] | L1 and refcount table; L2 and refcount pages; overlaps |
 //! | [`engine`], [`report`] | events, actions, waiting, waking, failure, closing; counters |
 //! | [`progress`], [`pages`] | operations and their completion; reading pages of tables |
@@ -70,6 +71,7 @@ extern crate alloc;
 extern crate std;
 
 mod allocator;
+mod bitmaps;
 mod cache;
 pub mod check;
 mod copy;
@@ -106,6 +108,7 @@ mod units;
 mod write;
 mod zero;
 
+pub use bitmaps::Bitmap;
 pub use engine::Engine;
 pub use error::{Failure, FailureKind, IoErrorKind, OpenError, OpenErrorKind};
 pub use geometry::Geometry;
