@@ -4,16 +4,19 @@
 //! call of the program is here.
 //!
 //! ```text
-//!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock            main thread: start, signals, stop
-//!                ├─ del               ├─ device ── control       ublk's control commands
-//!                └─ list              ├─ state                   what `list` and `del` read
+//!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock, direct    main thread: start, signals, stop
+//!                ├─ del               │   └─ backing, snapshots, bitmaps
+//!                └─ list              ├─ device ── control       ublk's control commands
+//!                                     ├─ state                   what `list` and `del` read
 //!                                     └─ link ── queue ── driver the queue thread: all I/O
-//!                                                  └── ring, buffer
+//!                                         ring, buffer ┘ ├─ files
+//!                                                        └─ pool ── inflate  worker threads
 //! ```
 //!
 //! `unsafe` code is in `ring.rs`, `buffer.rs` and `sys.rs`, and nowhere else.
 
 mod backing;
+mod bitmaps;
 mod buffer;
 mod busy;
 mod cli;
@@ -21,16 +24,21 @@ mod control;
 mod daemon;
 mod del;
 mod device;
+mod direct;
 mod driver;
 mod errno;
+mod files;
+mod inflate;
 mod link;
 mod list;
 mod lock;
 mod open;
+mod pool;
 mod queue;
 mod ring;
 mod server;
 mod signals;
+mod snapshots;
 mod state;
 mod sys;
 mod ublk;
