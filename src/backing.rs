@@ -317,9 +317,11 @@ fn cannot_open(errno: Errno, shown: &str) -> anyhow::Error {
 
 fn outside(path: &Path, shown: &str) -> anyhow::Error {
     let climbs = path.components().any(|part| part == Component::ParentDir);
-    let next = match path.parent() {
-        Some(folder) if !climbs => {
-            format!("--allow-backing {} allows it", quoted(folder.as_os_str()))
+    // Beneath /dev a folder allows nothing that anybody wants.
+    let device = path.starts_with("/dev").then_some(path);
+    let next = match device.or_else(|| path.parent()) {
+        Some(place) if !climbs => {
+            format!("--allow-backing {} allows it", quoted(place.as_os_str()))
         }
         _ => "give it a name without '..' in the middle with 'qemu-img rebase -u'".to_string(),
     };

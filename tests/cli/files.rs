@@ -182,6 +182,8 @@ fn what_is_no_regular_file_is_refused() {
         assert!(error.contains("not a regular file"), "{error}");
     }
     let path = folder.file("top.qcow2", &over("/dev/zero", Some("raw")));
+    let error = folder.refusal(&path, &[]);
+    assert!(error.contains("--allow-backing /dev/zero allows"), "{error}");
     let error = folder.refusal(&path, &["--allow-backing", "/dev"]);
     assert!(error.contains("not a regular file"), "{error}");
     let error = folder.refusal(&path, &["--allow-backing", "/dev/zero"]);

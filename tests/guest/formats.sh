@@ -142,4 +142,9 @@ del
 within 60 qemu-img convert -f qcow2 -O raw /dev/ram1 after.raw
 same after.raw model.raw
 clean /dev/ram1
+say 'a block device beneath an image'
+within 20 dd if=whole.raw of=/dev/ram1 bs=64k conv=notrunc,fsync status=none
+create above.qcow2 $size backing_file=/dev/ram1,backing_fmt=raw
+refused '--allow-backing /dev/ram1' -- ublk-qcow2 add -f above.qcow2
+serves "a device beneath" above.qcow2 --allow-backing /dev/ram1
 no_devices
