@@ -6,7 +6,7 @@ use qcow2::{Bitmap, Bitmaps, Extent, Geometry, Image};
 
 use crate::files::Source;
 
-/// All bitmap tables together are at most so long: enough for 128 GiB of bits in clusters of 64 KiB.
+/// All bitmap tables together have at most so many bytes: 128 GiB of bits in 64 KiB clusters.
 const MAX_TABLES: u64 = 16 << 20;
 
 /// Bytes of a table that are read at a time.

@@ -279,8 +279,9 @@ impl Driver {
     }
 
     /// After `count` more bytes of a read of metadata or of a copy: the read of the rest, or `None`
-    /// when all is there. Zeros only stand for what lies behind the end of the file; a file that has
-    /// become shorter, or a read that ends early for an error further on, must not become zeros.
+    /// when all is there. Zeros only stand for what lies behind the end of the file; a file that
+    /// has become shorter, or a read that ends early for an error further on, must not become
+    /// zeros.
     fn read_more(
         &self,
         flight: &mut Flight,

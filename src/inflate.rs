@@ -1,7 +1,7 @@
 //! Inflating one compressed cluster, from bytes to bytes.
 //!
-//! The bytes come from an image that somebody else may have made. So the output has exactly the size
-//! of a cluster, whatever the stream says; a zstd frame may ask for a window of at most
+//! The bytes come from an image that somebody else may have made. So the output has exactly the
+//! size of a cluster, whatever the stream says; a zstd frame may ask for a window of at most
 //! [`MAX_WINDOW`], and a deflate stream needs none beside its output. What follows the end of the
 //! stream is not looked at: it may belong to the next cluster.
 

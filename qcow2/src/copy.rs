@@ -1,11 +1,11 @@
 //! Copy-on-write: the parts of a new cluster that a write does not cover; and whole L2 tables that
 //! a snapshot shares.
 //!
-//! The bytes come from wherever the guest finds them now: the image, a file beneath it, a compressed
-//! cluster. They go through copy buffers of the driver, 64 KiB at a time, into the new cluster while
-//! the payload is being written beside them. The buffers are few and fixed; jobs that find none wait
-//! their turn, so a copy-on-write of 2 MiB clusters at any queue depth needs no more memory than one
-//! of 64 KiB.
+//! The bytes come from wherever the guest finds them now: the image, a file beneath it, a
+//! compressed cluster. They go through copy buffers of the driver, 64 KiB at a time, into the new
+//! cluster while the payload is being written beside them. The buffers are few and fixed; jobs that
+//! find none wait their turn, so a copy-on-write of 2 MiB clusters at any queue depth needs no more
+//! memory than one of 64 KiB.
 //!
 //! A buffer is filled piece by piece, each from one place. Finding the next may need a page that is
 //! not there: then the job looks again after every event, as a request does.

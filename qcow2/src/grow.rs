@@ -117,7 +117,7 @@ impl Engine {
         }
     }
 
-    /// Writes blocks and table, page by page; pages of zeros are in a file already, as all is fresh.
+    /// Writes blocks and table, page by page; pages of zeros are in a file already: all is fresh.
     pub(crate) fn grow_write(&mut self) -> bool {
         let geometry = self.geometry();
         let per_cluster = 1 << (geometry.cluster_bits() - geometry.page_bits());

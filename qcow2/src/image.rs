@@ -88,9 +88,9 @@ impl Image {
         Ok(Self { layers, ..self })
     }
 
-    /// Guest data must never be written here: snapshots, bitmaps, and what they refer to. False: it
-    /// overlaps what is known, or lies so that finding it would take unreasonably long. Whoever asks
-    /// for no more after that has done work that follows the length of the file.
+    /// Guest data must never be written here: snapshots, bitmaps, and what they refer to. False:
+    /// it overlaps what is known, or lies so that finding it would take unreasonably long. Whoever
+    /// asks for no more after that has done work that follows the length of the file.
     pub fn protect(&mut self, extent: Extent) -> bool {
         let geometry = self.decoder.geometry;
         let start = extent.offset >> geometry.cluster_bits();
