@@ -10,6 +10,9 @@ use crate::buffer::PAGE;
 use crate::files::Source;
 use crate::sys;
 
+/// Of one cluster, with extended L2 entries.
+const SUBCLUSTERS: u64 = 32;
+
 /// Direct or buffered I/O on the image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -45,12 +48,22 @@ pub fn choose(source: &mut Source, mode: Mode, block: u32) -> Result<Option<Stri
     give_up(source, mode, &why)
 }
 
-/// The same once the cluster size is known: no access is smaller than a cluster may be.
-pub fn fit(source: &mut Source, mode: Mode, cluster: u64) -> Result<Option<String>> {
-    if u64::from(source.alignment) <= cluster {
+/// The same once the image is known: what has a mapping of its own may lie anywhere, and is read
+/// and written by itself. That is a cluster, or with extended L2 entries a subcluster.
+pub fn fit(
+    source: &mut Source,
+    mode: Mode,
+    cluster: u64,
+    extended_l2: bool,
+) -> Result<Option<String>> {
+    let (unit, what) = match extended_l2 {
+        true => (cluster / SUBCLUSTERS, "subclusters"),
+        false => (cluster, "clusters"),
+    };
+    if u64::from(source.alignment) <= unit {
         return Ok(None);
     }
-    give_up(source, mode, "needs clusters of 4096 bytes or more there")
+    give_up(source, mode, &format!("needs {what} of 4096 bytes or more there"))
 }
 
 /// Uses the page cache: a note that direct I/O is not used, or the error where it was demanded.
@@ -95,4 +108,28 @@ fn needed_alignment(file: &File) -> Result<u32> {
         }
     }
     bail!("reads of 512 and of 4096 bytes failed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subclusters_are_the_least_that_direct_io_has_to_reach() {
+        let fits = |alignment, cluster, extended_l2, mode| {
+            let file = tempfile::tempfile().unwrap();
+            let mut source = Source::new(file, true).unwrap();
+            source.alignment = alignment;
+            let note = fit(&mut source, mode, cluster, extended_l2);
+            note.map(|note| (note.is_none(), source.is_direct()))
+        };
+        let auto = |alignment, cluster, l2| fits(alignment, cluster, l2, Mode::Auto).unwrap();
+        assert_eq!(auto(4096, 4 << 10, false), (true, true));
+        assert_eq!(auto(4096, 2 << 10, false), (false, false));
+        assert_eq!(auto(512, 16 << 10, true), (true, true));
+        assert_eq!(auto(4096, 64 << 10, true), (false, false));
+        assert_eq!(auto(4096, 128 << 10, true), (true, true));
+        let error = fits(4096, 64 << 10, true, Mode::Direct).unwrap_err();
+        assert!(error.to_string().contains("subclusters"), "{error}");
+    }
 }

@@ -65,8 +65,8 @@ pub fn open(wanted: &Wanted) -> Result<Opened> {
     let len = file.len().context("cannot get the length of the file")?;
     let header = read_header(&file, len, read_only)?;
     let geometry = header.geometry();
-    let cluster = geometry.cluster_size();
-    notes.extend(direct::fit(&mut file, wanted.mode, cluster)?);
+    let (cluster, extended_l2) = (geometry.cluster_size(), geometry.has_extended_l2());
+    notes.extend(direct::fit(&mut file, wanted.mode, cluster, extended_l2)?);
     let header = match &wanted.snapshot {
         Some(snapshot) => {
             let snapshot = snapshots::find(&file, header.snapshots(), snapshot)?;
@@ -148,8 +148,10 @@ fn open_data_file(
     let about = || format!("the data file {}", path.display());
     let mut own = Vec::new();
     let mut source = open_source(path, wanted, &mut own).with_context(about)?;
-    let cluster = header.geometry().cluster_size();
-    own.extend(direct::fit(&mut source, wanted.mode, cluster).with_context(about)?);
+    let (cluster, extended_l2) =
+        (header.geometry().cluster_size(), header.geometry().has_extended_l2());
+    let note = direct::fit(&mut source, wanted.mode, cluster, extended_l2);
+    own.extend(note.with_context(about)?);
     if source.identity()? == image.identity()? {
         bail!("{} is the image itself", about());
     }
