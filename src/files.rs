@@ -40,6 +40,14 @@ impl FileKind {
         bail!("is {what}; give an image file")
     }
 
+    /// The length in bytes, now.
+    pub fn len(self, file: &File) -> io::Result<u64> {
+        match self {
+            Self::Regular => Ok(file.metadata()?.len()),
+            Self::BlockDevice { size } => Ok(size),
+        }
+    }
+
     /// Whether it is a block device.
     pub fn is_device(self) -> bool {
         matches!(self, Self::BlockDevice { .. })
@@ -80,10 +88,7 @@ impl Source {
 
     /// The length in bytes, now.
     pub fn len(&self) -> io::Result<u64> {
-        match self.kind {
-            FileKind::Regular => Ok(self.file.metadata()?.len()),
-            FileKind::BlockDevice { size } => Ok(size),
-        }
+        self.kind.len(&self.file)
     }
 
     /// What lies from here on reads as zeros. Never inside a file that nobody should have cut off.
