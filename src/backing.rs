@@ -1,61 +1,356 @@
-//! The file beneath an image: which one may be opened, and opening it.
+//! The files beneath an image: which ones may be opened, and opening them.
 //!
-//! The name stands in an image that somebody else may have made, and we run as root: followed
-//! blindly it would hand any file of the host to the guest. So a name opens nothing by itself. It
-//! must lie beneath the image's own folder, without any way out of it (the kernel sees to that:
-//! `openat2` with RESOLVE_BENEATH), be a regular file, and have its format declared: a format is
-//! never guessed, since a guest can write a header into a raw disk. So far only raw files serve.
+//! Their names stand in images that somebody else may have made, and we run as root: followed
+//! blindly they would hand any file of the host to the guest. So a name opens nothing by itself.
+//!
+//! - The file must lie beneath the folder of the image that is served, or beneath a folder given
+//!   with `--allow-backing` (or be the very file or block device given there). The name is compared
+//!   with these folders as text, and opened from the folder's descriptor, with no way out of it:
+//!   the kernel sees to that (`openat2` with RESOLVE_BENEATH). Where a symbolic link leads out, the
+//!   place it leads to is looked for in the same folders, in the same way.
+//! - It must be a regular file; a block device only if it was given on the command line.
+//! - Its format must be declared. It is never guessed, since a guest can write a header into a raw
+//!   disk.
+//! - A relative name is relative to the folder of the image that has it, as its path was written.
+//!   Names are bytes: `json:` and `nbd:` mean nothing.
+//! - Its own external data file, if it has one, is never opened: such an image is refused.
 
-use std::ffi::CString;
-use std::fs::{self, File};
+use std::ffi::{CString, OsStr};
+use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use qcow2::Backing;
+use qcow2::{Backing, Header, Layer};
 
+use crate::files::Source;
 use crate::lock;
 
-/// Opens the file beneath `image` for reading, and returns it with its length.
-pub fn open(image: &Path, named: &Backing) -> Result<(File, u64)> {
-    let shown = String::from_utf8_lossy(&named.name).escape_debug().to_string();
-    let name = CString::new(&named.name[..])
-        .map_err(|_| anyhow!("the backing file's name {shown:?} has a zero byte"))?;
+/// Files beneath an image, at the most.
+const MAX_DEPTH: usize = 16;
+
+/// What is beneath an image, from the top.
+#[derive(Default)]
+pub struct Chain {
+    pub files: Vec<Source>,
+    pub layers: Vec<Layer>,
+    /// For the user.
+    pub notes: Vec<String>,
+}
+
+/// Declared formats that are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Raw,
+    Qcow2,
+}
+
+/// Opens all that lies beneath `image`, whose files (for the search for loops) are `known`.
+pub fn chain(
+    image: &Path,
+    known: Vec<(u64, u64)>,
+    header: &Header,
+    allow: &[PathBuf],
+    lock: lock::Policy,
+) -> Result<Chain> {
+    let mut chain = Chain::default();
+    let Some(mut named) = header.backing().cloned() else { return Ok(chain) };
+    let mut known = known;
+    let mut folder = folder_of(image)?;
+    let allowed = Allowed::new(&folder, image, allow)?;
+    let mut above = image.to_path_buf();
+    loop {
+        let shown = shown(&named.name);
+        if chain.files.len() == MAX_DEPTH {
+            bail!(
+                "more than {MAX_DEPTH} files lie beneath it; 'qemu-img convert -O qcow2' merges \
+                 them into one image"
+            );
+        }
+        let format = format(&named, &above)?;
+        let path =
+            absolute(&folder, &named.name).with_context(|| format!("the backing file {shown}"))?;
+        let file = allowed.open(&path, &shown)?;
+        let about = || format!("the backing file {shown}");
+        let source = Source::new(file, true).with_context(about)?;
+        let identity = source.identity()?;
+        if known.contains(&identity) {
+            bail!("{} is beneath itself: its chain of backing files is a loop", about());
+        }
+        known.push(identity);
+        let note = lock::take(&source.file, true, lock).with_context(about)?;
+        chain.notes.extend(note.map(|note| format!("{}: {note}", about())));
+        let next = match format {
+            Format::Raw => {
+                chain.layers.push(Layer::raw(source.len()?));
+                None
+            }
+            Format::Qcow2 => {
+                let (layer, next) = qcow2_layer(&source).with_context(about)?;
+                chain.layers.push(layer);
+                next
+            }
+        };
+        chain.files.push(source);
+        let Some(next) = next else { return Ok(chain) };
+        named = next;
+        folder = folder_of(&path)?;
+        above = path;
+    }
+}
+
+fn qcow2_layer(source: &Source) -> Result<(Layer, Option<Backing>)> {
+    let len = source.len()?;
+    let first = source.up_to(512).context("reading the header")?;
+    let bytes = source.up_to(Header::needed(&first)?).context("reading the header")?;
+    let header = Header::parse(&bytes, len, true)?;
+    if header.data_file().is_some() {
+        bail!(
+            "has an external data file, which is not served beneath an image; \
+             'qemu-img convert -O qcow2' makes one file of the two"
+        );
+    }
+    let l1 = source.extent(header.l1_extent()).context("reading the L1 table")?;
+    let layer = Layer::qcow2(&header, &l1, len, None)?;
+    Ok((layer, header.backing().cloned()))
+}
+
+/// The declared format of a file beneath the image `above`.
+fn format(named: &Backing, above: &Path) -> Result<Format> {
+    let shown = shown(&named.name);
     match named.format.as_deref() {
-        Some(b"raw") => {}
+        Some(b"raw") => Ok(Format::Raw),
+        Some(b"qcow2") => Ok(Format::Qcow2),
         None => bail!(
-            "the format of the backing file {shown:?} is not declared; declare it with \
-             'qemu-img rebase -u -b NAME -F FORMAT'"
+            "the format of the backing file {shown} is not declared (raw or qcow2), and is never \
+             guessed; declare it with 'qemu-img rebase -u -b {} -F FORMAT {}'",
+            quoted(OsStr::from_bytes(&named.name)),
+            quoted(above.as_os_str())
         ),
         Some(format) => bail!(
-            "a backing file of format {:?} is not served (header field backing_file_offset); \
+            "the backing file {shown} is declared to be of format {:?}, raw and qcow2 are served; \
              'qemu-img convert -O qcow2' merges it into one image",
             String::from_utf8_lossy(format)
         ),
     }
-    let folder = fs::canonicalize(image)
-        .ok()
-        .and_then(|path| path.parent().map(Path::to_path_buf))
-        .context("cannot find the folder of the image")?;
-    let folder = File::open(&folder).context("cannot open the folder of the image")?;
-    let how = OpenHow::new()
-        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
-        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let file = openat2(folder.as_fd(), name.as_c_str(), how).map_err(|errno| match errno {
-        Errno::EXDEV => anyhow!(
-            "the backing file {shown:?} does not lie beneath the image's own folder; it is not \
-             opened, since an image may name any file of this host"
-        ),
-        Errno::ENOENT => anyhow!("the backing file {shown:?} does not exist"),
-        errno => anyhow!("the backing file {shown:?} cannot be opened: {}", errno.desc()),
-    })?;
-    let file = File::from(file);
-    let data = file.metadata().context("cannot look at the backing file")?;
-    if !data.is_file() {
-        bail!("the backing file {shown:?} is not a regular file");
+}
+
+fn shown(name: &[u8]) -> String {
+    format!("{:?}", String::from_utf8_lossy(name))
+}
+
+/// A name as the shell wants it.
+fn quoted(name: &OsStr) -> String {
+    let text = name.to_string_lossy();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+,:@%=".contains(c);
+    match text.chars().all(plain) && !text.is_empty() {
+        true => text.into_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
     }
-    lock::take(&file, true).with_context(|| format!("the backing file {shown:?}"))?;
-    Ok((file, data.len()))
+}
+
+/// The folder in which relative names of this image begin. It has no symbolic links.
+fn folder_of(image: &Path) -> Result<PathBuf> {
+    let folder = std::path::absolute(image).ok();
+    let folder = folder.as_ref().and_then(|path| path.parent());
+    let folder = folder.and_then(|folder| fs::canonicalize(folder).ok());
+    folder.with_context(|| format!("cannot find the folder of {}", image.display()))
+}
+
+/// The whole name of a file that an image in `folder` names.
+fn absolute(folder: &Path, name: &[u8]) -> Result<PathBuf> {
+    if name.contains(&0) {
+        bail!("has a zero byte in its name");
+    }
+    let mut folder = folder.to_path_buf();
+    let mut parts = Path::new(OsStr::from_bytes(name)).components();
+    // `folder` has no symbolic links, so that going up is exact. Any other `..` is the kernel's.
+    loop {
+        match parts.clone().next() {
+            Some(Component::ParentDir) => drop(folder.pop()),
+            Some(Component::CurDir) => {}
+            _ => return Ok(folder.join(parts.as_path())),
+        }
+        parts.next();
+    }
+}
+
+/// Where backing files may lie.
+struct Allowed(Vec<Place>);
+
+struct Place {
+    /// How it may be spelled: as it was given, and without symbolic links.
+    names: Vec<PathBuf>,
+    /// Its descriptor, of a folder; otherwise it allows exactly one file.
+    folder: Option<File>,
+}
+
+impl Place {
+    fn new(path: &Path) -> Result<Self> {
+        let about = || format!("--allow-backing {}", path.display());
+        let real = fs::canonicalize(path).with_context(about)?;
+        let names = vec![std::path::absolute(path).with_context(about)?, real];
+        if !fs::metadata(path).with_context(about)?.is_dir() {
+            return Ok(Self { names, folder: None });
+        }
+        let folder = File::open(path).with_context(about)?;
+        Ok(Self { names, folder: Some(folder) })
+    }
+}
+
+/// Stands for: a device, a folder, a pipe.
+const NOT_A_FILE: Errno = Errno::ENODEV;
+
+/// How looking for a file in one place ended.
+enum Found {
+    File(File),
+    /// The name belongs to another place.
+    Elsewhere,
+    /// It begins here and leads out.
+    Escapes,
+    Failed(Errno),
+}
+
+impl Allowed {
+    /// `folder` is the real one of `image`.
+    fn new(folder: &Path, image: &Path, allow: &[PathBuf]) -> Result<Self> {
+        let mut own = Place::new(folder).context("the folder of the image")?;
+        let spelled = std::path::absolute(image).ok();
+        own.names.extend(spelled.as_ref().and_then(|path| path.parent()).map(Path::to_path_buf));
+        let mut places = vec![own];
+        for path in allow {
+            places.push(Place::new(path)?);
+        }
+        Ok(Self(places))
+    }
+
+    fn open(&self, path: &Path, shown: &str) -> Result<File> {
+        match self.search(path, ResolveFlag::empty()) {
+            Found::File(file) => Ok(file),
+            Found::Failed(Errno::ENOENT) => {
+                bail!("the backing file {shown} does not exist ({})", path.display())
+            }
+            Found::Failed(errno) => Err(cannot_open(errno, shown)),
+            Found::Elsewhere => Err(outside(path, shown)),
+            Found::Escapes => self.follow(path, shown),
+        }
+    }
+
+    /// A symbolic link leads out of the place that the name begins in.
+    fn follow(&self, path: &Path, shown: &str) -> Result<File> {
+        let real = fs::canonicalize(path);
+        let real = real.map_err(|error| anyhow!("the backing file {shown}: {error}"))?;
+        match self.search(&real, ResolveFlag::RESOLVE_NO_SYMLINKS) {
+            Found::File(file) => Ok(file),
+            Found::Failed(errno) => Err(cannot_open(errno, shown)),
+            Found::Elsewhere | Found::Escapes => Err(outside(&real, shown)),
+        }
+    }
+
+    fn search(&self, path: &Path, more: ResolveFlag) -> Found {
+        let mut result = Found::Elsewhere;
+        for place in &self.0 {
+            for name in &place.names {
+                match (place.open(name, path, more), &result) {
+                    (Found::File(file), _) => return Found::File(file),
+                    (Found::Elsewhere, _) => {}
+                    (found, Found::Elsewhere) => result = found,
+                    _ => {}
+                }
+            }
+        }
+        let climbs = path.components().any(|part| part == Component::ParentDir);
+        match result {
+            // Where it leads to is nobody's business.
+            Found::Escapes if climbs => Found::Elsewhere,
+            result => result,
+        }
+    }
+}
+
+impl Place {
+    /// Opens `path` if it begins with `name`, one of this place's.
+    fn open(&self, name: &Path, path: &Path, more: ResolveFlag) -> Found {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let Some(folder) = &self.folder else {
+            if path != name {
+                return Found::Elsewhere;
+            }
+            let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(name);
+            return match file {
+                Ok(file) => Found::File(file),
+                Err(error) => Found::Failed(Errno::from_raw(error.raw_os_error().unwrap_or(0))),
+            };
+        };
+        let Ok(rest) = path.strip_prefix(name) else { return Found::Elsewhere };
+        let rest = if rest.as_os_str().is_empty() { Path::new(".") } else { rest };
+        let Ok(rest) = CString::new(rest.as_os_str().as_bytes()) else { return Found::Elsewhere };
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS | more;
+        let how = OpenHow::new().flags(flags).resolve(resolve);
+        match openat2(folder.as_fd(), rest.as_c_str(), how) {
+            Ok(file) => {
+                let file = File::from(file);
+                match file.metadata() {
+                    Ok(data) if data.is_file() => Found::File(file),
+                    _ => Found::Failed(NOT_A_FILE),
+                }
+            }
+            Err(Errno::EXDEV) => Found::Escapes,
+            Err(errno) => Found::Failed(errno),
+        }
+    }
+}
+
+fn cannot_open(errno: Errno, shown: &str) -> anyhow::Error {
+    match errno {
+        NOT_A_FILE => anyhow!(
+            "the backing file {shown} is not a regular file; a block device is opened if \
+             --allow-backing names it"
+        ),
+        errno => anyhow!("the backing file {shown} cannot be opened: {}", errno.desc()),
+    }
+}
+
+fn outside(path: &Path, shown: &str) -> anyhow::Error {
+    let climbs = path.components().any(|part| part == Component::ParentDir);
+    // Beneath /dev a folder allows nothing that anybody wants.
+    let device = path.starts_with("/dev").then_some(path);
+    let next = match device.or_else(|| path.parent()) {
+        Some(place) if !climbs => {
+            format!("--allow-backing {} allows it", quoted(place.as_os_str()))
+        }
+        _ => "give it a name without '..' in the middle with 'qemu-img rebase -u'".to_string(),
+    };
+    anyhow!(
+        "the backing file {shown} does not lie beneath the image's own folder; it is not opened, \
+         since an image may name any file of this host; {next}"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_relative_to_the_folder_and_have_no_prefixes() {
+        let whole = |name: &str| absolute(Path::new("/a/b"), name.as_bytes()).unwrap();
+        assert_eq!(whole("x.raw"), Path::new("/a/b/x.raw"));
+        assert_eq!(whole("./../c/x"), Path::new("/a/c/x"));
+        assert_eq!(whole("../../../../x"), Path::new("/x"));
+        assert_eq!(whole("/etc/passwd"), Path::new("/etc/passwd"));
+        assert_eq!(whole("c/../x"), Path::new("/a/b/c/../x"));
+        assert_eq!(whole("nbd:host:1"), Path::new("/a/b/nbd:host:1"));
+        assert!(absolute(Path::new("/a"), b"x\0y").is_err());
+    }
+
+    #[test]
+    fn names_for_the_shell_are_quoted_where_they_must_be() {
+        assert_eq!(quoted(OsStr::new("/a/b-1.raw")), "/a/b-1.raw");
+        assert_eq!(quoted(OsStr::new("a b")), "'a b'");
+        assert_eq!(quoted(OsStr::new("it's")), "'it'\\''s'");
+    }
 }

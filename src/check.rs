@@ -44,7 +44,7 @@ struct Outcome {
 /// Runs `check`; returns the exit status.
 pub fn run(args: &CheckArgs) -> Result<u8> {
     let mut image = ImageFile::open(&args.file, args.repair.is_some())?;
-    lock::take(&image.file, args.repair.is_none())?;
+    lock::take(&image.file, args.repair.is_none(), lock::Policy::On)?;
     let bar = Bar::new();
     let outcome = match args.repair {
         None => check_with(&image, &mut |done, total| bar.show("checking", done, total))

@@ -1,8 +1,11 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::lock;
 
 /// Serves a qcow2 image as a block device /dev/ublkbN.
 #[derive(Debug, Parser)]
@@ -12,6 +15,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 Examples:
   ublk-qcow2 add -f vm.qcow2            prints /dev/ublkb0
   ublk-qcow2 add -f vm.qcow2 --read-only -n 7
+  ublk-qcow2 add -f vm.qcow2 --read-only --snapshot before-upgrade
+  ublk-qcow2 add -f overlay.qcow2 --allow-backing /srv/templates
   ublk-qcow2 list --json
   ublk-qcow2 del -n 0
   ublk-qcow2 info -f vm.qcow2
@@ -70,7 +75,7 @@ fields of `qemu-img info --output=json`, and \"features\" and \"stale-bitmaps\" 
 /// `add`
 #[derive(Args, Debug)]
 pub struct AddArgs {
-    /// The qcow2 image: a file, or with --read-only a block device.
+    /// The qcow2 image: a file or a block device.
     #[arg(short = 'f', long = "file", value_name = "IMAGE")]
     pub file: PathBuf,
 
@@ -92,6 +97,27 @@ pub struct AddArgs {
     /// Serve the image for reading only. Nothing is written to it.
     #[arg(long)]
     pub read_only: bool,
+
+    /// Serve this internal snapshot, named by its ID or name; needs --read-only.
+    #[arg(long, value_name = "ID|NAME", requires = "read_only")]
+    pub snapshot: Option<OsString>,
+
+    /// The external data file of an image that has one. The name in the image is not followed.
+    #[arg(long, value_name = "PATH")]
+    pub data_file: Option<PathBuf>,
+
+    /// Also open backing files beneath this folder, or exactly this file or block device. Without
+    /// it only those beneath the image's own folder are opened. May be given several times.
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+
+    /// What a discard (TRIM) of whole clusters does.
+    #[arg(long, value_enum, default_value_t)]
+    pub discard: Discard,
+
+    /// QEMU's image locks, on backing files and data files too.
+    #[arg(long, value_enum, default_value_t)]
+    pub lock: lock::Policy,
 
     /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device.
     #[arg(long)]
@@ -120,6 +146,18 @@ pub struct AddArgs {
     /// For tests: caches so small that every wait is waited.
     #[arg(long, hide = true)]
     pub stress: bool,
+}
+
+/// `add --discard`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Discard {
+    /// Gives the host space back.
+    #[default]
+    Unmap,
+    /// Keeps the host space, so that later writes need no new one.
+    Keep,
+    /// Nothing: what was discarded still reads as before.
+    Ignore,
 }
 
 /// `del`

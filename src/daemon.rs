@@ -5,7 +5,7 @@
 //! `stage TEXT` (what is being done), `ready PATH`, `error TEXT`.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -124,7 +124,7 @@ enum News {
 
 impl Parent {
     fn wait(mut self, signals: &Signals) -> Result<()> {
-        let deadline = Instant::now() + START_LIMIT;
+        let mut deadline = Instant::now() + START_LIMIT;
         loop {
             let line = match self.next(signals, deadline)? {
                 News::Message(line) => line,
@@ -144,7 +144,17 @@ impl Parent {
                 }
             };
             match line.split_once(' ') {
-                Some(("stage", text)) => self.stage = text.to_string(),
+                Some(("stage", text)) => {
+                    self.stage = text.to_string();
+                    // It goes on: rebuilding refcounts takes as long as the image is large.
+                    deadline = Instant::now() + START_LIMIT;
+                    if text.ends_with("%)") && io::stderr().is_terminal() {
+                        eprint!(
+                            "\rublk-qcow2: {text}{}",
+                            if text.contains("100 %") { "\n" } else { "" }
+                        );
+                    }
+                }
                 Some(("ready", path)) => {
                     let told = writeln!(io::stdout(), "{path}").and_then(|()| io::stdout().flush());
                     if told.is_err() {

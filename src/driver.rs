@@ -1,21 +1,21 @@
 //! From an engine [`Op`] to an io_uring operation, and from its completion back to an [`Outcome`].
 //!
-//! What lives here and nowhere else: retry of EINTR and EAGAIN, metadata reads that end at the end
-//! of the file, the staging blocks, the buffers of the requests, and what to do where fallocate or
-//! ftruncate are missing.
+//! What lives here and nowhere else: retry of EINTR and EAGAIN, reads that end at the end of the
+//! file, the staging blocks, the buffers of requests and copies, and what to do where fallocate or
+//! ftruncate are missing. Compressed clusters are the [`pool`](crate::pool)'s.
 //!
 //! **Invariant:** nothing here calls into [`Engine::complete`]; outcomes are returned, and the loop
 //! in `queue.rs` hands them on, so nothing recurses.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 
-use qcow2::{COPY_BUFFER, Engine, FileId, IoErrorKind, Op, OpKind, Outcome};
+use qcow2::{COPY_BUFFER, Compressed, Engine, IoErrorKind, Op, OpKind, Outcome};
 
 use crate::buffer::{Area, PAGE, Piece};
 use crate::errno;
-use crate::open::FileKind;
+use crate::files::{FileKind, Files, Source};
+use crate::pool::Pool;
 use crate::ring::Io;
 
 /// The largest `WriteZeros` the engine asks for.
@@ -24,7 +24,7 @@ const ZEROS: usize = 2 << 20;
 /// Gives up on an operation that the kernel has put off (EAGAIN) so often.
 const MAX_TRIES: u32 = 1000;
 
-/// Gives up on a metadata read that ends early without being at the end of the file.
+/// Gives up on a read that ends early without being at the end of the file.
 const MAX_PARTS: u32 = 16;
 
 /// The data path "copy": the driver copies each request's payload to and from a buffer of its tag.
@@ -60,6 +60,11 @@ impl TagBuffers {
     fn zero(&self, tag: u16, at: u32, len: u32) {
         self.area.zero(self.start(tag, at, len), len as usize);
     }
+
+    fn copy_in(&self, tag: u16, at: u32, from: &[u8]) {
+        let len = u32::try_from(from.len()).expect("an operation's length is a u32");
+        self.area.copy_in(self.start(tag, at, len), from);
+    }
 }
 
 /// An operation in flight.
@@ -69,7 +74,7 @@ pub struct Flight {
     io: Io,
     /// The staging block of a metadata operation.
     block: Option<u32>,
-    /// Bytes of a metadata read that are there already.
+    /// Bytes of a read of metadata, or of a copy, that are there already.
     have: u32,
     /// Reads that it took so far.
     parts: u32,
@@ -82,30 +87,22 @@ pub struct Flight {
 pub enum Step {
     /// Submit this.
     Submit(Flight, Io),
+    /// It waits for a cluster to be inflated, and ends in [`Driver::inflated`].
+    Pooled,
     /// It has ended.
     Ended(Op, Outcome),
 }
 
-/// The image file and the memory that its operations use.
+/// The files of an image and the memory that its operations use.
 pub struct Driver {
-    file: File,
-    kind: FileKind,
+    files: Files,
     buffers: TagBuffers,
     zeros: Area,
     staging: Area,
     free_blocks: Vec<u32>,
-    /// What lies beneath, if anything does. Read through the page cache, which images share.
-    backing: Option<(File, u64)>,
     copies: Area,
+    pool: Pool,
     can_truncate: bool,
-}
-
-/// The files of an image.
-pub struct Files {
-    pub image: File,
-    pub kind: FileKind,
-    /// What lies beneath, and its length when it was opened.
-    pub backing: Option<(File, u64)>,
 }
 
 impl Driver {
@@ -118,14 +115,13 @@ impl Driver {
         can_truncate: bool,
     ) -> io::Result<Self> {
         Ok(Self {
-            file: files.image,
-            kind: files.kind,
-            backing: files.backing,
+            files,
             copies: Area::new(copy_buffers * COPY_BUFFER as usize)?,
             buffers,
             zeros: Area::new(ZEROS)?,
             staging: Area::new(operations as usize * PAGE)?,
             free_blocks: (0..operations).rev().collect(),
+            pool: Pool::new()?,
             can_truncate,
         })
     }
@@ -135,13 +131,17 @@ impl Driver {
         self.buffers.address(tag)
     }
 
+    /// The descriptor to read eight bytes from to be woken for [`inflated`](Self::inflated).
+    pub fn pool_fd(&self) -> RawFd {
+        self.pool.wake_fd()
+    }
+
     /// The first step of an operation.
     pub fn start(&mut self, engine: &Engine, op: Op) -> Step {
-        let fd = match (op.file, &self.backing) {
-            (FileId::Backing, Some((backing, _))) => backing.as_raw_fd(),
-            (FileId::Backing, None) => return Step::Ended(op, Outcome::Error(IoErrorKind::Io)),
-            (FileId::Image, _) => self.file.as_raw_fd(),
+        let Some(file) = self.files.get(op.file) else {
+            return Step::Ended(op, Outcome::Error(IoErrorKind::Io));
         };
+        let fd = file.fd();
         let mut block = None;
         let io = match op.kind {
             OpKind::Read { tag, at, offset, len } => {
@@ -150,8 +150,15 @@ impl Driver {
             OpKind::Write { tag, at, offset, len } => {
                 Io::Write { fd, from: self.buffers.piece(tag, at, len), offset }
             }
+            OpKind::Inflate { source, .. } | OpKind::CopyInflate { source, .. } => {
+                return self.inflate(op, source);
+            }
             OpKind::Fill { tag, at, len } => {
                 self.buffers.zero(tag, at, len);
+                return Step::Ended(op, Outcome::Done);
+            }
+            OpKind::CopyFill { buffer, at, len } => {
+                self.copies.zero(copy_start(buffer, at, len), len as usize);
                 return Step::Ended(op, Outcome::Done);
             }
             OpKind::WriteZeros { offset, len } => {
@@ -170,8 +177,8 @@ impl Driver {
                 self.staging.copy_in(block_start(index), bytes);
                 Io::Write { fd, from: piece, offset }
             }
-            OpKind::CopyRead { buffer, offset, len } => {
-                Io::Read { fd, to: self.copy(buffer, 0, len), offset }
+            OpKind::CopyRead { buffer, at, offset, len } => {
+                Io::Read { fd, to: self.copy(buffer, at, len), offset }
             }
             OpKind::CopyWrite { buffer, offset, len } => {
                 Io::Write { fd, from: self.copy(buffer, 0, len), offset }
@@ -186,11 +193,11 @@ impl Driver {
                 Io::Allocate { fd, mode, offset, len }
             }
             OpKind::Sync => Io::Sync { fd },
-            OpKind::Extend { from, to } => match self.extend(fd, from, to) {
+            OpKind::Extend { from, to } => match extend(file, from, to) {
                 Ok(io) => io,
                 Err(outcome) => return Step::Ended(op, outcome),
             },
-            OpKind::Truncate { to } => match self.truncate(fd, to) {
+            OpKind::Truncate { to } => match self.truncate(file, to) {
                 Ok(io) => io,
                 Err(outcome) => return Step::Ended(op, outcome),
             },
@@ -207,7 +214,7 @@ impl Driver {
         }
         let outcome = match (flight.op.kind, u32::try_from(result)) {
             (OpKind::Extend { to, .. }, Err(_)) if !flight.fallback && is_refusal(-result) => {
-                match self.lengthen(to) {
+                match self.lengthen(flight.op, to) {
                     Ok(io) => {
                         let flight = Flight { io, fallback: true, ..flight };
                         return Step::Submit(flight, io);
@@ -216,19 +223,14 @@ impl Driver {
                 }
             }
             (_, Err(_)) => Outcome::Error(errno::kind_of(-result)),
-            (OpKind::MetaRead { offset, len }, Ok(count)) => {
-                match self.read_more(&mut flight, offset, len, count) {
-                    Some(io) => return Step::Submit(Flight { io, ..flight }, io),
-                    None => self.hand_over(engine, &flight, len),
-                }
-            }
-            (OpKind::CopyRead { buffer, offset, len }, Ok(count)) => {
-                match self.copy_more(&mut flight, buffer, offset, len, count) {
-                    Ok(Some(io)) => return Step::Submit(Flight { io, ..flight }, io),
-                    Ok(None) => Outcome::Done,
-                    Err(outcome) => outcome,
-                }
-            }
+            (
+                OpKind::MetaRead { offset, len } | OpKind::CopyRead { offset, len, .. },
+                Ok(count),
+            ) => match self.read_more(&mut flight, offset, len, count) {
+                Ok(Some(io)) => return Step::Submit(Flight { io, ..flight }, io),
+                Ok(None) => self.hand_over(engine, &flight, len),
+                Err(outcome) => outcome,
+            },
             (kind, Ok(count)) => counted(kind, count),
         };
         if let Some(index) = flight.block {
@@ -237,43 +239,25 @@ impl Driver {
         Step::Ended(flight.op, outcome)
     }
 
-    fn copy_start(&self, buffer: u16) -> usize {
-        usize::from(buffer) * COPY_BUFFER as usize
+    fn inflate(&mut self, op: Op, source: Compressed) -> Step {
+        let file = self.files.get(op.file).expect("the caller has looked");
+        match self.pool.get(file, source, op) {
+            Some(cluster) => Step::Ended(op, deliver(&self.buffers, &self.copies, op, cluster)),
+            None => Step::Pooled,
+        }
+    }
+
+    /// Calls `each` for every operation that has ended with an inflated cluster, or without.
+    pub fn inflated(&mut self, mut each: impl FnMut(Op, Outcome)) {
+        let (buffers, copies) = (&self.buffers, &self.copies);
+        self.pool.take(|op, cluster| {
+            let failed = Outcome::Error(IoErrorKind::Io);
+            each(op, cluster.map_or(failed, |cluster| deliver(buffers, copies, op, cluster)));
+        });
     }
 
     fn copy(&self, buffer: u16, at: u32, len: u32) -> Piece {
-        assert!(at + len <= COPY_BUFFER, "a copy goes through one buffer");
-        self.copies.piece(self.copy_start(buffer) + at as usize, len)
-    }
-
-    /// After `count` more bytes of a copy's read: the read of the rest, or `None` when all is
-    /// there. Zeros only stand for what lies behind the end of the file; a file that has become
-    /// shorter, or a read that ends early for an error further on, must not become zeros.
-    fn copy_more(
-        &self,
-        flight: &mut Flight,
-        buffer: u16,
-        offset: u64,
-        len: u32,
-        count: u32,
-    ) -> Result<Option<Io>, Outcome> {
-        let Some((backing, end)) = &self.backing else {
-            return Err(Outcome::Error(IoErrorKind::Io));
-        };
-        flight.have = (flight.have + count).min(len);
-        let inside = end.saturating_sub(offset).min(len.into());
-        if u64::from(flight.have) >= inside {
-            let rest = self.copy_start(buffer) + flight.have as usize;
-            self.copies.zero(rest, (len - flight.have) as usize);
-            return Ok(None);
-        }
-        flight.parts += 1;
-        if count == 0 || flight.parts >= MAX_PARTS {
-            return Err(Outcome::Error(IoErrorKind::Io));
-        }
-        let to = self.copy(buffer, flight.have, len - flight.have);
-        let offset = offset + u64::from(flight.have);
-        Ok(Some(Io::Read { fd: backing.as_raw_fd(), to, offset }))
+        self.copies.piece(copy_start(buffer, at, len), len)
     }
 
     fn take_block(&mut self, len: u32) -> (u32, Piece) {
@@ -282,88 +266,129 @@ impl Driver {
         (index, self.staging.piece(block_start(index), len))
     }
 
-    /// After `count` more bytes of a metadata read: the read of the rest, or `None` when all is
-    /// there. What lies past the end of the file counts as zeros.
-    fn read_more(&self, flight: &mut Flight, offset: u64, len: u32, count: u32) -> Option<Io> {
-        let index = flight.block.expect("a metadata read has a staging block");
-        flight.have = (flight.have + count).min(len);
-        if flight.have == len {
-            return None;
+    /// Where a read of metadata or of a copy goes to.
+    fn place(&self, flight: &Flight) -> (&Area, usize) {
+        match (flight.op.kind, flight.block) {
+            (OpKind::CopyRead { buffer, at, len, .. }, _) => {
+                (&self.copies, copy_start(buffer, at, len))
+            }
+            (_, block) => {
+                (&self.staging, block_start(block.expect("a metadata read has a staging block")))
+            }
         }
-        if count == 0 && flight.have == 0 {
-            // A page of metadata begins inside the file, or somebody has cut the file off.
-            flight.parts = MAX_PARTS;
-        }
-        let at_end = count == 0
-            || self.len().is_ok_and(|end| offset + u64::from(flight.have) >= end)
-            || flight.parts >= MAX_PARTS;
-        if at_end {
-            let rest = (len - flight.have) as usize;
-            // With all parts used up, `hand_over` makes an error of it.
-            self.staging.zero(block_start(index) + flight.have as usize, rest);
-            return None;
-        }
-        flight.parts += 1;
-        // Direct I/O goes on at a sector boundary only; the bytes before it are read again.
-        flight.have -= flight.have % 512;
-        let start = block_start(index) + flight.have as usize;
-        let to = self.staging.piece(start, len - flight.have);
-        Some(Io::Read { fd: self.file.as_raw_fd(), to, offset: offset + u64::from(flight.have) })
     }
 
-    fn hand_over(&self, engine: &mut Engine, flight: &Flight, len: u32) -> Outcome {
-        if flight.parts >= MAX_PARTS {
-            return Outcome::Error(IoErrorKind::Io);
+    /// After `count` more bytes of a read of metadata or of a copy: the read of the rest, or `None`
+    /// when all is there. Zeros only stand for what lies behind the end of the file; a file that
+    /// has become shorter, or a read that ends early for an error further on, must not become
+    /// zeros.
+    fn read_more(
+        &self,
+        flight: &mut Flight,
+        offset: u64,
+        len: u32,
+        count: u32,
+    ) -> Result<Option<Io>, Outcome> {
+        let wrong = Err(Outcome::Error(IoErrorKind::Io));
+        let Some(file) = self.files.get(flight.op.file) else { return wrong };
+        flight.have = (flight.have + count).min(len);
+        if flight.have == len {
+            return Ok(None);
         }
-        let index = flight.block.expect("a metadata read has a staging block");
-        let mut bytes = [0; PAGE];
-        let bytes = &mut bytes[..len as usize];
-        self.staging.copy_out(block_start(index), bytes);
-        engine.fill_staging(flight.op.id, bytes);
+        let end = file.end().map_err(|error| failed(&error))?;
+        let (area, start) = self.place(flight);
+        if offset + u64::from(flight.have) >= end {
+            if flight.have == 0 && flight.block.is_some() {
+                // A page of metadata begins inside the file, or somebody has cut the file off.
+                return wrong;
+            }
+            area.zero(start + flight.have as usize, (len - flight.have) as usize);
+            return Ok(None);
+        }
+        flight.parts += 1;
+        if flight.parts >= MAX_PARTS {
+            return wrong;
+        }
+        // Direct I/O goes on at such a boundary only; the bytes before it are read again.
+        flight.have -= flight.have % file.alignment;
+        let to = area.piece(start + flight.have as usize, len - flight.have);
+        Ok(Some(Io::Read { fd: file.fd(), to, offset: offset + u64::from(flight.have) }))
+    }
+
+    /// All bytes of a read are there: those of metadata go to the engine.
+    fn hand_over(&self, engine: &mut Engine, flight: &Flight, len: u32) -> Outcome {
+        if let Some(index) = flight.block {
+            let mut bytes = [0; PAGE];
+            let bytes = &mut bytes[..len as usize];
+            self.staging.copy_out(block_start(index), bytes);
+            engine.fill_staging(flight.op.id, bytes);
+        }
         Outcome::Done
     }
 
-    fn len(&self) -> io::Result<u64> {
-        self.kind.len(&self.file)
-    }
-
-    fn extend(&self, fd: RawFd, from: u64, to: u64) -> Result<Io, Outcome> {
-        if let FileKind::BlockDevice { size } = self.kind {
-            // A block device does not grow; what lies inside is there already.
-            return Err(match to <= size {
-                true => Outcome::Done,
-                false => Outcome::Error(IoErrorKind::NoSpace),
-            });
-        }
-        if to <= from {
-            return Err(Outcome::Done);
-        }
-        Ok(Io::Allocate { fd, mode: 0, offset: from, len: to - from })
-    }
-
     /// A longer sparse file, where the file system has no fallocate. Never a shorter one.
-    fn lengthen(&self, to: u64) -> Result<Io, Outcome> {
-        match self.len() {
+    fn lengthen(&self, op: Op, to: u64) -> Result<Io, Outcome> {
+        let Some(file) = self.files.get(op.file) else {
+            return Err(Outcome::Error(IoErrorKind::Io));
+        };
+        match file.len() {
             Ok(len) if len >= to => Err(Outcome::Done),
-            Ok(_) => self.truncate(self.file.as_raw_fd(), to),
+            Ok(_) => self.truncate(file, to),
             Err(error) => Err(failed(&error)),
         }
     }
 
-    fn truncate(&self, fd: RawFd, to: u64) -> Result<Io, Outcome> {
-        if matches!(self.kind, FileKind::BlockDevice { .. }) {
+    fn truncate(&self, file: &Source, to: u64) -> Result<Io, Outcome> {
+        if file.kind.is_device() {
             return Err(Outcome::Done);
         }
         if self.can_truncate {
-            return Ok(Io::Truncate { fd, len: to });
+            return Ok(Io::Truncate { fd: file.fd(), len: to });
         }
         // Before 6.9. Blocks the queue for a moment, at the close of an image (or, without
         // fallocate, once per reservation).
-        Err(match self.file.set_len(to) {
+        Err(match file.file.set_len(to) {
             Ok(()) => Outcome::Done,
             Err(error) => failed(&error),
         })
     }
+}
+
+/// Copies what an operation wants of an inflated cluster to where it wants it.
+fn deliver(buffers: &TagBuffers, copies: &Area, op: Op, cluster: &[u8]) -> Outcome {
+    let part = |from: u32, len: u32| cluster.get(from as usize..)?.get(..len as usize);
+    match op.kind {
+        OpKind::Inflate { tag, at, from, len, .. } => {
+            let Some(bytes) = part(from, len) else { return Outcome::Error(IoErrorKind::Io) };
+            buffers.copy_in(tag, at, bytes);
+        }
+        OpKind::CopyInflate { buffer, at, from, len, .. } => {
+            let Some(bytes) = part(from, len) else { return Outcome::Error(IoErrorKind::Io) };
+            copies.copy_in(copy_start(buffer, at, len), bytes);
+        }
+        _ => unreachable!("only these two wait for a cluster"),
+    }
+    Outcome::Done
+}
+
+fn extend(file: &Source, from: u64, to: u64) -> Result<Io, Outcome> {
+    if let FileKind::BlockDevice { size } = file.kind {
+        // A block device does not grow; what lies inside is there already.
+        return Err(match to <= size {
+            true => Outcome::Done,
+            false => Outcome::Error(IoErrorKind::NoSpace),
+        });
+    }
+    if to <= from {
+        return Err(Outcome::Done);
+    }
+    Ok(Io::Allocate { fd: file.fd(), mode: 0, offset: from, len: to - from })
+}
+
+fn copy_start(buffer: u16, at: u32, len: u32) -> usize {
+    let end = u64::from(at) + u64::from(len);
+    assert!(end <= COPY_BUFFER.into(), "a copy goes through one buffer");
+    usize::from(buffer) * COPY_BUFFER as usize + at as usize
 }
 
 fn block_start(index: u32) -> usize {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use qcow2::check::repair::{RepairIo, WriteError};
 use qcow2::check::{ReadAt, ReadError};
 
-use crate::open::FileKind;
+use crate::files::FileKind;
 
 /// An open image.
 pub struct ImageFile {
@@ -37,6 +37,11 @@ impl ImageFile {
             }
             _ => anyhow!("cannot be opened{}: {error}", if write { " for writing" } else { "" }),
         })?;
+        Self::over(file)
+    }
+
+    /// The same of a file that is open.
+    pub fn over(file: File) -> Result<Self> {
         let kind = FileKind::of(&file)?;
         let len = kind.len(&file).context("cannot get the length of the file")?;
         Ok(Self { file, kind, len, failure: RefCell::new(None) })

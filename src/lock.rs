@@ -8,7 +8,7 @@
 
 use std::fs::File;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
@@ -31,10 +31,49 @@ const WRITER: Claims =
     Claims { held: &[CONSISTENT_READ, WRITE, RESIZE], unshared: &[WRITE, RESIZE] };
 const READER: Claims = Claims { held: &[CONSISTENT_READ], unshared: &[WRITE, RESIZE] };
 
+/// What to do about locks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Policy {
+    /// Take them, or refuse the image.
+    #[default]
+    On,
+    /// Take them; only warn where the file system has none.
+    Auto,
+    /// Take none: nothing keeps another program from writing to the image.
+    Off,
+}
+
+/// Why there is no lock.
+enum Problem {
+    /// Somebody else's conflict.
+    Taken(Option<i32>),
+    /// The file system has none.
+    Missing(Errno),
+}
+
 /// Takes the locks of a writer or a reader on `file`, or fails because somebody else's conflict.
-pub fn take(file: &File, read_only: bool) -> Result<()> {
+/// Where there are none and that is no reason to fail, a note says so.
+pub fn take(file: &File, read_only: bool, policy: Policy) -> Result<Option<String>> {
+    if policy == Policy::Off {
+        return Ok(None);
+    }
     let claims = if read_only { READER } else { WRITER };
-    let result = claim(file, &claims);
+    match attempt(file, &claims) {
+        Ok(()) => Ok(None),
+        Err(Problem::Taken(pid)) => Err(in_use(pid)),
+        Err(Problem::Missing(errno)) if policy == Policy::Auto => Ok(Some(format!(
+            "cannot be locked ({}): nothing keeps other programs from using it",
+            errno.desc()
+        ))),
+        Err(Problem::Missing(errno)) => Err(anyhow!(
+            "cannot be locked ({}); put it on a file system with working locks, or see --lock",
+            errno.desc()
+        )),
+    }
+}
+
+fn attempt(file: &File, claims: &Claims) -> Result<(), Problem> {
+    let result = claim(file, claims);
     if result.is_err() {
         for byte in 0..4 {
             // Unlocking what is not locked is no error, and nothing could be done about one.
@@ -45,15 +84,12 @@ pub fn take(file: &File, read_only: bool) -> Result<()> {
     result
 }
 
-fn claim(file: &File, claims: &Claims) -> Result<()> {
+fn claim(file: &File, claims: &Claims) -> Result<(), Problem> {
     let bytes = claims.held.iter().map(|bit| HELD + bit);
     for byte in bytes.chain(claims.unshared.iter().map(|bit| UNSHARED + bit)) {
         set(file, libc::F_RDLCK, byte).map_err(|errno| match errno {
-            Errno::EAGAIN | Errno::EACCES => in_use(None),
-            errno => anyhow!(
-                "cannot lock the image ({}); put it on a file system with working locks",
-                errno.desc()
-            ),
+            Errno::EAGAIN | Errno::EACCES => Problem::Taken(None),
+            errno => Problem::Missing(errno),
         })?;
     }
     // Somebody who does not share what we use, or uses what we do not share.
@@ -62,8 +98,8 @@ fn claim(file: &File, claims: &Claims) -> Result<()> {
         let mut lock = flock(libc::F_WRLCK, byte);
         match fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)) {
             Ok(_) if i32::from(lock.l_type) == libc::F_UNLCK => {}
-            Ok(_) => return Err(in_use(Some(lock.l_pid))),
-            Err(errno) => bail!("cannot test the locks of the image ({})", errno.desc()),
+            Ok(_) => return Err(Problem::Taken(Some(lock.l_pid))),
+            Err(errno) => return Err(Problem::Missing(errno)),
         }
     }
     Ok(())
@@ -75,7 +111,7 @@ fn in_use(pid: Option<i32>) -> anyhow::Error {
         Some(pid) if pid > 0 => format!("process {pid}"),
         _ => "another process (QEMU, or another ublk-qcow2)".to_string(),
     };
-    anyhow!("the image is in use by {who}; stop it first")
+    anyhow!("is in use by {who}; stop it first")
 }
 
 fn set(file: &File, kind: i32, byte: i64) -> nix::Result<i32> {
@@ -98,6 +134,10 @@ fn flock(kind: i32, byte: i64) -> libc::flock {
 mod tests {
     use super::*;
 
+    fn take(file: &File, read_only: bool) -> Result<()> {
+        super::take(file, read_only, Policy::On).map(drop)
+    }
+
     fn again(file: &tempfile::NamedTempFile) -> File {
         File::options().read(true).write(true).open(file.path()).unwrap()
     }
@@ -111,6 +151,15 @@ mod tests {
         assert!(take(&again(&file), true).is_err());
         drop(first);
         take(&again(&file), false).unwrap();
+    }
+
+    #[test]
+    fn without_locks_nobody_is_in_the_way() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let first = again(&file);
+        take(&first, false).unwrap();
+        assert!(super::take(&again(&file), false, Policy::Auto).is_err());
+        assert!(super::take(&again(&file), false, Policy::Off).unwrap().is_none());
     }
 
     #[test]

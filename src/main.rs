@@ -4,16 +4,19 @@
 //! call of the program is here.
 //!
 //! ```text
-//!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock            main thread: start, signals, stop
-//!                ├─ del               ├─ device ── control       ublk's control commands
-//!                ├─ list              ├─ state                   what `list` and `del` read
-//!                └─ check, info       └─ link ── queue ── driver the queue thread: all I/O
-//!                                                  └── ring, buffer
+//!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock, direct    main thread: start, signals, stop
+//!                ├─ del               │   └─ recover, backing, snapshots, bitmaps
+//!                ├─ list              ├─ device ── control       ublk's control commands
+//!                └─ check, info       ├─ state                   what `list` and `del` read
+//!                    image_file       └─ link ── queue ── driver the queue thread: all I/O
+//!                                         ring, buffer ┘ ├─ files
+//!                                                        └─ pool ── inflate  worker threads
 //! ```
 //!
 //! `unsafe` code is in `ring.rs`, `buffer.rs` and `sys.rs`, and nowhere else.
 
 mod backing;
+mod bitmaps;
 mod buffer;
 mod busy;
 mod check;
@@ -22,18 +25,24 @@ mod control;
 mod daemon;
 mod del;
 mod device;
+mod direct;
 mod driver;
 mod errno;
+mod files;
 mod image_file;
+mod inflate;
 mod info;
 mod link;
 mod list;
 mod lock;
 mod open;
+mod pool;
 mod queue;
+mod recover;
 mod ring;
 mod server;
 mod signals;
+mod snapshots;
 mod state;
 mod sys;
 mod ublk;

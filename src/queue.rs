@@ -2,7 +2,8 @@
 //!
 //! One thread, one ring, one `io_uring_enter` per turn. A turn takes every completion there is
 //! (a ublk command brings a request, a file operation an outcome), then drains the engine:
-//! operations become submissions, replies become COMMIT_AND_FETCH. Nothing blocks but the ring.
+//! operations become submissions, replies become COMMIT_AND_FETCH. Nothing blocks but the ring;
+//! compressed clusters are inflated by other threads, which wake the ring through an eventfd.
 //!
 //! The device's end reaches this loop as aborted fetches: when every tag is aborted no request can
 //! come any more, and the engine is closed. So the loop ends the same way whoever stopped the
@@ -16,8 +17,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use qcow2::{Engine, Health, Reply, Request};
 
 use crate::buffer::Area;
-use crate::driver::{Driver, Files, Flight, Step, TagBuffers};
+use crate::driver::{Driver, Flight, Step, TagBuffers};
 use crate::errno;
+use crate::files::Files;
 use crate::link::{Event, QueueEnd, Report};
 use crate::ring::{Io, MAX_ENTRIES, Ring};
 use crate::ublk;
@@ -45,6 +47,7 @@ enum Token {
     File(Flight),
     Timer,
     Wake,
+    Inflated,
 }
 
 /// Where a tag is.
@@ -58,8 +61,8 @@ enum Tag {
     Busy(i32),
 }
 
-/// Timer, wake-up.
-const OWN_OPERATIONS: u32 = 2;
+/// Timer, wake-up by the main thread, wake-up by the pool.
+const OWN_OPERATIONS: u32 = 3;
 
 struct Queue {
     ring: Ring<Token>,
@@ -69,6 +72,7 @@ struct Queue {
     char_fd: RawFd,
     descriptors: Area,
     wake: Area,
+    inflated: Area,
     tags: Vec<Tag>,
     open_tags: u16,
     /// File operations in flight and their limit.
@@ -107,6 +111,8 @@ impl Queue {
                 let mut queue = make(link);
                 queue.ring.push(Token::Timer, Io::Timer);
                 queue.ring.push(Token::Wake, wake_read(wake_fd, &queue.wake));
+                let pool_fd = queue.driver.pool_fd();
+                queue.ring.push(Token::Inflated, wake_read(pool_fd, &queue.inflated));
                 Ok(queue)
             }
             Err(error) => Err((error, link)),
@@ -172,6 +178,15 @@ impl Queue {
                     self.publish();
                     self.ring.push(Token::Wake, wake_read(self.link.wake_fd(), &self.wake));
                 }
+                Token::Inflated => {
+                    let Self { driver, engine, flights, .. } = self;
+                    driver.inflated(|op, outcome| {
+                        *flights -= 1;
+                        engine.complete(op.id, outcome);
+                    });
+                    let pool_fd = driver.pool_fd();
+                    self.ring.push(Token::Inflated, wake_read(pool_fd, &self.inflated));
+                }
             }
         }
         self.done = done;
@@ -206,6 +221,7 @@ impl Queue {
                 self.flights += new;
                 self.ring.push(Token::File(flight), io);
             }
+            Step::Pooled => self.flights += new,
             Step::Ended(op, outcome) => {
                 self.flights -= 1 - new;
                 self.engine.complete(op.id, outcome);
@@ -323,6 +339,7 @@ struct Parts {
     buffers: TagBuffers,
     descriptors: Area,
     wake: Area,
+    inflated: Area,
 }
 
 impl Parts {
@@ -340,24 +357,26 @@ impl Parts {
             .context("mapping the request descriptors of the ublk device")?;
         let buffers = TagBuffers::new(setup.depth, setup.max_request).context("buffers")?;
         let wake = Area::new(8).context("buffers")?;
-        Ok(Self { ring, max_flights, buffers, descriptors, wake })
+        let inflated = Area::new(8).context("buffers")?;
+        Ok(Self { ring, max_flights, buffers, descriptors, wake, inflated })
     }
 
     fn queue(self, setup: Setup) -> Result<impl FnOnce(QueueEnd) -> Queue> {
         let can_truncate = self.ring.can_truncate();
         let copies = setup.engine.copy_buffers();
         let driver = Driver::new(setup.files, self.buffers, self.max_flights, copies, can_truncate)
-            .context("buffers")?;
+            .context("buffers and worker threads")?;
         let depth = usize::from(setup.depth);
         Ok(move |link| Queue {
             char_fd: setup.char_device.as_raw_fd(),
-            done: Vec::with_capacity(depth + self.max_flights as usize + 2),
+            done: Vec::with_capacity(depth + (self.max_flights + OWN_OPERATIONS) as usize),
             ring: self.ring,
             driver,
             engine: setup.engine,
             link,
             descriptors: self.descriptors,
             wake: self.wake,
+            inflated: self.inflated,
             tags: vec![Tag::Closed; depth],
             open_tags: 0,
             flights: 0,

@@ -4,21 +4,20 @@
 //! (`queue.rs`) does all I/O. Stopping a device blocks in the kernel until its requests have
 //! ended, which needs a queue thread that goes on: hence two threads even for one queue.
 
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use qcow2::{Health, Options};
+use qcow2::{Discards, Health, Options};
 use serde_json::json;
 
-use crate::cli::AddArgs;
+use crate::cli::{AddArgs, Discard};
 use crate::control::Control;
 use crate::daemon::{Reporter, START_LIMIT};
 use crate::device::{self, Device};
-use crate::driver::Files;
+use crate::files::Files;
 use crate::link::{self, Event, MainEnd};
 use crate::open::{self, Mode, Opened};
 use crate::queue;
@@ -41,7 +40,7 @@ pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
     let flusher = sys::become_io_flusher();
 
     reporter.stage("opening the image")?;
-    let opened = open::open(&wanted(args))?;
+    let opened = open::open(&wanted(args), &mut |stage| reporter.stage(stage))?;
     // The tables were read into memory that is free again, of their size.
     sys::trim_memory();
     let mut control = Control::open()?;
@@ -59,10 +58,10 @@ pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
         },
     )?;
     let state = describe(args, &opened, &device);
-    let note = opened.note.as_ref().map(|note| format!("{}: {note}", args.file.display()));
-    // This copy of the descriptor holds the locks until the very end.
-    let image = opened.file.try_clone().context("dup")?;
-    let mut server = Server { control, device, signals, state, note, main: None, _image: image };
+    let note = |note: &String| format!("{}: {note}", args.file.display());
+    let notes = opened.notes.iter().map(note).collect();
+    let files = opened.files.clone();
+    let mut server = Server { control, device, signals, state, notes, main: None, _files: files };
     let result = server.run(opened, reporter);
     server.leave(&result);
     result
@@ -81,9 +80,23 @@ fn wanted(args: &AddArgs) -> open::Wanted {
         l2_cache: args.l2_cache,
         refcount_cache: args.refcount_cache,
         stress: args.stress,
+        discards: match args.discard {
+            Discard::Unmap => Discards::Unmap,
+            Discard::Keep => Discards::Keep,
+            Discard::Ignore => Discards::Ignore,
+        },
         ..Options::default()
     };
-    open::Wanted { path: args.file.clone(), mode, block: args.block_size, options }
+    open::Wanted {
+        path: args.file.clone(),
+        mode,
+        block: args.block_size,
+        data_file: args.data_file.clone(),
+        allow_backing: args.allow_backing.clone(),
+        snapshot: args.snapshot.clone(),
+        lock: args.lock,
+        options,
+    }
 }
 
 fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> State {
@@ -111,16 +124,17 @@ struct Server {
     signals: Signals,
     state: State,
     /// For the user, once all has gone well: an error is to be the only line.
-    note: Option<String>,
+    notes: Vec<String>,
     /// The link to the queue thread, once that runs.
     main: Option<MainEnd>,
-    /// Closed last: the locks go with it.
-    _image: File,
+    /// Closed last: the locks go with them.
+    _files: Files,
 }
 
 impl Server {
     fn run(&mut self, opened: Opened, reporter: &mut Reporter) -> Result<()> {
         self.device.set_params(&mut self.control)?;
+        opened.prepare()?;
         self.start_queue(opened)?;
         reporter.stage("waiting for the image's first fdatasync")?;
         self.wait_ready()?;
@@ -132,7 +146,7 @@ impl Server {
         };
         self.state.store()?;
         let listener = state::listen(self.device.id())?;
-        if let Some(note) = &self.note {
+        for note in &self.notes {
             eprintln!("ublk-qcow2: {}", crate::list::plain(note));
         }
         let ready = reporter.ready(&path);
@@ -148,7 +162,7 @@ impl Server {
         let (main, queue) = link::link().context("eventfd")?;
         let setup = queue::Setup {
             engine: opened.engine,
-            files: Files { image: opened.file, kind: opened.kind, backing: opened.backing },
+            files: opened.files,
             char_device: self.device.open_char()?,
             depth: self.device.info.queue_depth,
             max_request: self.device.max_request(),

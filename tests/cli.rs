@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers are tests")]
 
+#[path = "cli/files.rs"]
+mod files;
 mod support;
 
 use std::fs;
@@ -144,12 +146,10 @@ fn truncated_and_contradicting_images_name_what_is_wrong() {
 #[test]
 fn features_that_are_not_served_are_named() {
     let folder = Folder::new();
-    let cases: [(&str, usize, u64, usize, &str); 6] = [
+    let cases: [(&str, usize, u64, usize, &str); 4] = [
         ("backing", 8, 0x1000_0000_0010, 8, "backing"),
         ("crypt", 32, 2, 4, "crypt"),
         ("dirty", 72, 1, 8, "dirty"),
-        ("data-file", 72, 4, 8, "data file"),
-        ("extended-l2", 72, 16, 8, "extended"),
         ("unknown", 72, 1 << 40, 8, "bit 40"),
     ];
     for (name, at, value, width, expected) in cases {
@@ -230,7 +230,14 @@ fn an_image_that_another_program_has_locked_is_refused() {
     // What QEMU holds of an image that it writes: bytes 100 (consistent read) and 201 (no other
     // writer), each with a shared OFD lock.
     let holder = fs::File::options().read(true).write(true).open(&path).unwrap();
-    for byte in [100, 201] {
+    hold(&holder, &[100, 201]);
+    let error = folder.refusal(&path, &[]);
+    assert!(error.contains("in use"), "{error}");
+}
+
+/// Takes shared OFD locks on these bytes.
+fn hold(file: &fs::File, bytes: &[i64]) {
+    for &byte in bytes {
         let lock = libc::flock {
             l_type: i16::try_from(libc::F_RDLCK).unwrap(),
             l_whence: 0,
@@ -238,10 +245,8 @@ fn an_image_that_another_program_has_locked_is_refused() {
             l_len: 1,
             l_pid: 0,
         };
-        nix::fcntl::fcntl(&holder, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+        nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
     }
-    let error = folder.refusal(&path, &[]);
-    assert!(error.contains("in use"), "{error}");
 }
 
 #[test]
@@ -253,6 +258,8 @@ fn wrong_options_end_with_a_usage_line() {
         &["add", "-f", "x", "-d", "4097"],
         &["add", "-f", "x", "--direct", "--buffered"],
         &["add", "-f", "x", "--l2-cache", "lots"],
+        &["add", "-f", "x", "--discard", "maybe"],
+        &["add", "-f", "x", "--lock", "maybe"],
         &["del"],
         &["del", "-n", "0", "-a"],
         &["frobnicate"],

@@ -88,13 +88,14 @@ impl Image {
         Ok(Self { layers, ..self })
     }
 
-    /// Guest data must never be written here: snapshots, bitmaps, and what they refer to.
-    pub fn protect(&mut self, extent: Extent) {
+    /// Guest data must never be written here: snapshots, bitmaps, and what they refer to. False:
+    /// it overlaps what is known, or lies so that finding it would take unreasonably long. Whoever
+    /// asks for no more after that has done work that follows the length of the file.
+    pub fn protect(&mut self, extent: Extent) -> bool {
         let geometry = self.decoder.geometry;
+        let start = extent.offset >> geometry.cluster_bits();
         let end = geometry.clusters_for(extent.end().min(self.file_len));
-        for cluster in extent.offset >> geometry.cluster_bits()..end {
-            self.metadata.insert(cluster);
-        }
+        (start..end).all(|cluster| self.metadata.insert(cluster) && !self.metadata.is_crowded())
     }
 
     /// Is everything there that the header speaks of?
@@ -168,4 +169,36 @@ const CROWDED: &str = "the tables lie so that finding them would take unreasonab
 fn overlap(table: &'static str, index: u64, value: u64) -> OpenError {
     let why = "it overlaps other metadata";
     OpenErrorInner::BadEntry { table, index, value, why }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+
+    use byteorder::{BigEndian, ByteOrder};
+
+    use super::*;
+
+    #[test]
+    fn what_is_protected_twice_or_lies_on_a_table_is_reported() {
+        // The refcount table in cluster 1, the L1 table in cluster 3, of a file of 16.
+        const LEN: u64 = 16 << 16;
+        let mut bytes = vec![0; 1 << 16];
+        bytes[..4].copy_from_slice(b"QFI\xfb");
+        for (at, value) in [(4, 3), (20, 16), (36, 1), (56, 1), (96, 4), (100, 104)] {
+            BigEndian::write_u32(&mut bytes[at..], value);
+        }
+        for (at, value) in [(24, 1 << 20), (40, 3 << 16), (48, 1 << 16)] {
+            BigEndian::write_u64(&mut bytes[at..], value);
+        }
+        let header = Header::parse(&bytes, LEN, false).unwrap();
+        let mut image = Image::new(header, &[0; 8], &[0; 1 << 16], LEN).unwrap();
+        let extent = |cluster: u64, len| Extent { offset: cluster << 16, len };
+        assert!(image.protect(extent(5, 1)) && image.protect(extent(7, 2 << 16)));
+        for (cluster, len) in [(5, 1), (4, 2 << 16), (8, 1), (3, 1), (1, 1), (0, 1)] {
+            assert!(!image.protect(extent(cluster, len)), "{cluster}");
+        }
+        // Nothing lies behind the end of the file.
+        assert!(image.protect(extent(15, 1 << 62)) && image.protect(extent(99, 1)));
+    }
 }

@@ -58,6 +58,7 @@
 //! | [`units`], [`geometry`] | offsets and clusters as types; the constants of an image |
 //! | [`header`], [`entry`] | on-disk words and what they mean; what is refused, by name |
 //! | [`image`], [`layer`], [`snapshot`] | a checked image, what lies beneath it, its snapshots |
+//! | [`bitmaps`] | persistent bitmaps: found, marked as in use, and left alone |
 //! | [`table`], [`cache`], [`metaset`] | L1 and refcount table; L2 and refcount pages; overlaps |
 //! | [`engine`], [`life`], [`report`] | events, actions, waiting, waking; failure, closing; counters |
 //! | [`progress`], [`pages`] | operations and their completion; reading pages of tables |
@@ -81,6 +82,7 @@ extern crate alloc;
 extern crate std;
 
 mod allocator;
+mod bitmaps;
 mod cache;
 pub mod check;
 mod copy;
@@ -118,6 +120,7 @@ mod units;
 mod write;
 mod zero;
 
+pub use bitmaps::Bitmap;
 pub use engine::Engine;
 pub use error::{Failure, FailureKind, IoErrorKind, OpenError, OpenErrorKind};
 pub use geometry::Geometry;

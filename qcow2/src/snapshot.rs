@@ -43,6 +43,18 @@ impl Directory {
         }
         Ok(Some(found))
     }
+
+    /// Where the table lies, as far as it can be told from `bytes`, its beginning.
+    #[must_use]
+    pub fn extent(&self, bytes: &[u8]) -> Extent {
+        let mut len = 0;
+        for _ in 0..self.entries {
+            let rest = bytes.get(len..).unwrap_or_default();
+            let Ok(Some((_, length))) = Snapshot::parse(rest, 0) else { break };
+            len += length.next_multiple_of(8);
+        }
+        Extent { offset: self.offset, len: len as u64 }
+    }
 }
 
 impl Snapshot {
@@ -124,6 +136,7 @@ mod tests {
         let expected =
             Snapshot { id: b"1".to_vec(), name: b"base".to_vec(), l1, virtual_size: Some(1 << 20) };
         assert_eq!(found, [expected]);
+        assert_eq!(table.extent(&bytes), Extent { offset: 0, len: 64 });
         for len in 0..bytes.len() {
             assert_eq!(table.snapshots(&bytes[..len]), Ok(None));
         }

@@ -366,7 +366,7 @@ fn without_payload(device: &File, job: Job) -> io::Result<()> {
         return Ok(());
     }
     // Every second may give the space back, the others keep it.
-    let flags = if job.seq % 2 == 0 || job.kind == Kind::Discard {
+    let flags = if job.seq.is_multiple_of(2) || job.kind == Kind::Discard {
         FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE
     } else {
         FallocateFlags::FALLOC_FL_ZERO_RANGE
