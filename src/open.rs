@@ -2,9 +2,9 @@
 //!
 //! The order: open without side effects, lock, decide between direct and buffered I/O, read header
 //! and tables in that same mode, open what else the image consists of, hand all to the engine.
-//! Nothing is written here but what mends the traces of an earlier crash (`recover.rs`); what is to
-//! be written before the first guest request, and only if there is a device to get some from, is
-//! done in [`Opened::prepare`].
+//! [`open`] writes nothing, so that an image which cannot be served stays as it was. What an earlier
+//! crash has left is mended by [`mend`] (`recover.rs`), once it is sure that there is a driver; what
+//! is to be written before the first guest request by [`Opened::prepare`].
 //!
 //! Whether the image lies on a device of our own needs no check: its device does not exist yet.
 
@@ -58,14 +58,11 @@ impl Opened {
     }
 }
 
-/// Opens the image. Errors do not name it; the caller does. `tell` hears what takes long.
-pub fn open(wanted: &Wanted, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<Opened> {
+/// Opens the image. Errors do not name it; the caller does.
+pub fn open(wanted: &Wanted) -> Result<Opened> {
     let read_only = wanted.options.read_only;
     let mut notes = Vec::new();
     let mut file = open_source(&wanted.path, wanted, &mut notes)?;
-    if !read_only {
-        notes.extend(mend(&file, tell)?);
-    }
     let len = file.len().context("cannot get the length of the file")?;
     let header = read_header(&file, len, read_only)?;
     let geometry = header.geometry();
@@ -112,17 +109,21 @@ pub fn open(wanted: &Wanted, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result
 fn read_header(file: &Source, len: u64, read_only: bool) -> Result<Header> {
     let first = file.up_to(512).context("reading the header")?;
     let bytes = file.up_to(Header::needed(&first)?).context("reading the header")?;
+    let header = Header::parse(&bytes, len, true)?;
+    if header.is_dirty() && !header.is_corrupt() {
+        // For writing it is mended first.
+        return Ok(header);
+    }
     Ok(Header::parse(&bytes, len, read_only)?)
 }
 
-/// Before an image is written to: what an earlier crash has left in it.
-fn mend(file: &Source, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<Option<String>> {
+/// Before an image is written to: mends what an earlier crash has left in it, and says what that
+/// was. `tell` hears what takes long.
+pub fn mend(wanted: &Wanted, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<Option<String>> {
+    let mut notes = Vec::new();
+    let file = open_source(&wanted.path, wanted, &mut notes)?;
     let len = file.len().context("cannot get the length of the file")?;
-    let header = read_header(file, len, true)?;
-    if header.is_corrupt() {
-        // Refused, by name, when it is parsed for writing.
-        return Ok(None);
-    }
+    let header = read_header(&file, len, true)?;
     if header.is_dirty() {
         return recover::rebuild(&file.file, tell).map(Some);
     }

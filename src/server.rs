@@ -40,10 +40,19 @@ pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
     let flusher = sys::become_io_flusher();
 
     reporter.stage("opening the image")?;
-    let opened = open::open(&wanted(args), &mut |stage| reporter.stage(stage))?;
+    let wanted = wanted(args);
+    let mut opened = open::open(&wanted)?;
+    let mut control = Control::open()?;
+    if !args.read_only {
+        // It can be served, and there is somebody to serve it: only now is anything written. What
+        // was opened has to go first, for it knows the tables as they were.
+        drop(opened);
+        let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
+        opened = open::open(&wanted)?;
+        opened.notes.extend(mended);
+    }
     // The tables were read into memory that is free again, of their size.
     sys::trim_memory();
-    let mut control = Control::open()?;
     flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
     reporter.stage("adding a ublk device")?;
     let device = Device::add(

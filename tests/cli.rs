@@ -146,10 +146,9 @@ fn truncated_and_contradicting_images_name_what_is_wrong() {
 #[test]
 fn features_that_are_not_served_are_named() {
     let folder = Folder::new();
-    let cases: [(&str, usize, u64, usize, &str); 4] = [
+    let cases: [(&str, usize, u64, usize, &str); 3] = [
         ("backing", 8, 0x1000_0000_0010, 8, "backing"),
         ("crypt", 32, 2, 4, "crypt"),
-        ("dirty", 72, 1, 8, "dirty"),
         ("unknown", 72, 1 << 40, 8, "bit 40"),
     ];
     for (name, at, value, width, expected) in cases {

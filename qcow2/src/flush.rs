@@ -36,8 +36,8 @@
 //!   before L1 names it.
 //! - **A copied L2 table before L1.** A table that a snapshot shares is copied as a whole, and the
 //!   copy made durable, before L1 names it; the old one is counted down once that is durable.
-//! - **New before old.** What a folded entry replaces (a compressed cluster, one that a snapshot has
-//!   too) goes into quarantine when it is folded, and is counted down once the page is durable.
+//! - **New before old.** What a folded entry replaces (a compressed cluster, one that a snapshot
+//!   has too) goes into quarantine when it is folded, and is counted down once the page is durable.
 //! - **Refcount block before refcount table.** The staging copy of a table page leaves out entries
 //!   whose block is not durable (classic soft updates' roll-back).
 //! - **Unlinked before lowered before punched before free**: see [`quarantine`](crate::quarantine).

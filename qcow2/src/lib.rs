@@ -37,8 +37,8 @@
 //! ([`units::GuestUnit`]). The on-disk words become an exhaustive [`entry::Mapping`] once, and
 //! [`read`] cuts it into runs. Readers and copy-on-write ask the same question,
 //! `Engine::locate`: it goes through overlay, L2 page and the layers beneath, and answers with
-//! zeros, a place in a file, or a compressed cluster. So a write that replaces a cluster (compressed,
-//! or shared with a snapshot) copies what the guest finds there, wherever that is.
+//! zeros, a place in a file, or a compressed cluster. So a write that replaces a cluster
+//! (compressed, or shared with a snapshot) copies what the guest finds there, wherever that is.
 //!
 //! # What always holds
 //!
@@ -60,7 +60,7 @@
 //! | [`image`], [`layer`], [`snapshot`] | a checked image, what lies beneath it, its snapshots |
 //! | [`bitmaps`] | persistent bitmaps: found, marked as in use, and left alone |
 //! | [`table`], [`cache`], [`metaset`] | L1 and refcount table; L2 and refcount pages; overlaps |
-//! | [`engine`], [`life`], [`report`] | events, actions, waiting, waking; failure, closing; counters |
+//! | [`engine`], [`life`], [`report`] | events, actions, waiting; failure, closing; counters |
 //! | [`progress`], [`pages`] | operations and their completion; reading pages of tables |
 //! | [`request`], [`optable`], [`op`] | requests, operations under way, what crosses the border |
 //! | [`read`], [`write`], [`zero`], [`copy`] | the steps of each kind of request; copy-on-write |

@@ -8,7 +8,9 @@ use std::path::Path;
 use qcow2::info::{InfoError, info};
 
 fn fixture(name: &str) -> Vec<u8> {
-    fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/corrupt").join(name)).unwrap()
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
+    let path = folder.join("images").join(name);
+    fs::read(if path.exists() { path } else { folder.join("corrupt").join(name) }).unwrap()
 }
 
 #[test]
@@ -16,7 +18,7 @@ fn an_image_tells_of_snapshots_bitmaps_and_names() {
     let told = info(&fixture("snapshot.qcow2")[..]).unwrap();
     assert_eq!(told.snapshots.len(), 1);
     assert_eq!(told.snapshots[0].name, b"first");
-    assert_eq!((told.snapshots[0].vm_state, told.snapshots[0].disk_size), (0, Some(65_536)));
+    assert_eq!((told.snapshots[0].vm_state, told.snapshots[0].disk_size), (0, Some(262_144)));
     let told = info(&fixture("bitmap.qcow2")[..]).unwrap();
     assert!(told.bitmaps.len() == 1 && told.bitmaps[0].auto && !told.bitmaps[0].in_use);
     let told = info(&fixture("incompatible-named.qcow2")[..]).unwrap();

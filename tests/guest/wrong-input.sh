@@ -80,6 +80,12 @@ while IFS=$'\t' read -r file verdict field phrase; do
             del
             unchanged "$fixtures/corrupt/$file" "images/$file"
             ;;
+        mend)
+            ublk-qcow2 check -f "images/$file" >found.txt && fail "$file: nothing is wrong with it"
+            add "images/$file"
+            del
+            clean "images/$file"
+            ;;
         write)
             add "images/$file"
             if within 20 dd if=/dev/zero of="$dev" bs=512 count=1 oflag=direct 2>dd.err; then

@@ -181,15 +181,15 @@ fn to_the_end(run: &mut Run, seed: u64) -> Result<(), String> {
     run.close_and_reopen().map_err(|what| format!("closed and opened on a good disk: {what}"))
 }
 
-/// Judges some of the states of a crash: the first, which are of one kind, and then one here and one
-/// there.
+/// Judges some of the states of a crash: the first, which are of one kind, and then one here and
+/// one there.
 fn judge_some(run: &Run, demand: &Demand, seed: u64) -> Result<(), String> {
     let (mut judge, mut left, mut result) = (Judge::default(), STATES, Ok(()));
     let pool = run.world.disk.pool().borrow();
     let (disk, data) = (&run.world.disk, run.world.data.as_ref());
     Cuts::default().visit(disk, data, seed, &mut |cut, _| {
         let Cut { sectors, len, data, index, hash } = cut;
-        if index >= STATES / 4 && mix(hash, seed) % 16 != 0 {
+        if index >= STATES / 4 && !mix(hash, seed).is_multiple_of(16) {
             return true;
         }
         let state = State { pool: &pool, sectors, len, data, setting: &run.setting };
