@@ -2,9 +2,9 @@
 //!
 //! The order: open without side effects, lock, decide between direct and buffered I/O, read header
 //! and tables in that same mode, open what else the image consists of, hand all to the engine.
-//! [`open`] writes nothing, so that an image which cannot be served stays as it was. What an earlier
-//! crash has left is mended by [`mend`] (`recover.rs`), once it is sure that there is a driver; what
-//! is to be written before the first guest request by [`Opened::prepare`].
+//! [`open`] writes nothing, so that an image which cannot be served stays as it was. What an
+//! earlier crash has left is mended by [`mend`] (`recover.rs`), once it is sure that there is a
+//! driver; what is to be written before the first guest request by [`Opened::prepare`].
 //!
 //! Whether the image lies on a device of our own needs no check: its device does not exist yet.
 

@@ -439,9 +439,9 @@ impl Engine {
     }
 
     /// Decides how fresh space becomes zeros. To have it allocated (fallocate) costs next to
-    /// nothing, but then the first write to each piece of it changes the file system's metadata, and the
-    /// fdatasync after that costs a flush of the device more. Where there is nearly one FLUSH for
-    /// each cluster, writing zeros ahead of need is the smaller price.
+    /// nothing, but then the first write to each piece of it changes the file system's metadata,
+    /// and the fdatasync after that costs a flush of the device more. Where there is nearly one
+    /// FLUSH for each cluster, writing zeros ahead of need is the smaller price.
     fn decide_how_to_zero(&mut self) {
         let flushes = self.stats.flushes + self.stats.fua_writes;
         let (flushes_then, clusters_then) = self.allocator.before;
