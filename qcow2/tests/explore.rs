@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may end so")]
 
 use qcow2::testing::explore::{self, Config};
+use qcow2::testing::image::{DataFile, ImageSpec};
 use qcow2::testing::{faults, scope};
 
 /// A debug build is some thirty times slower.
@@ -49,11 +50,11 @@ fn most(default: u64) -> u64 {
 }
 
 /// Sequences of requests on two clusters.
-fn scopes(len: usize, images: &[(u32, u64, u64)], most: u64) {
+fn scopes(len: usize, images: &[ImageSpec], most: u64) {
     let (mut nodes, mut states) = (0, 0);
-    for &(version, every, backing) in images {
-        let workload = scope::workload(version, every, backing);
-        let all = scope::alphabet(1024, true);
+    for &image in images {
+        let workload = scope::on(image);
+        let all = scope::alphabet(1 << image.cluster_bits, true);
         for number in 0..all.len().pow(u32::try_from(len).unwrap()) {
             let mut requests = Vec::new();
             let mut rest = number;
@@ -62,9 +63,7 @@ fn scopes(len: usize, images: &[(u32, u64, u64)], most: u64) {
                 rest /= all.len();
             }
             let found = scope::search(&workload, &requests, most);
-            let found = found.unwrap_or_else(|what| {
-                panic!("version {version}, every {every}, beneath {backing}: {requests:?}\n{what}")
-            });
+            let found = found.unwrap_or_else(|what| panic!("{image:?}: {requests:?}\n{what}"));
             nodes += found.nodes;
             states += found.states;
         }
@@ -74,7 +73,22 @@ fn scopes(len: usize, images: &[(u32, u64, u64)], most: u64) {
 
 #[test]
 fn every_order_of_two_requests() {
-    scopes(2, &[(3, 1, 0), (3, 0, 4096)], most(2_000));
+    let plain = ImageSpec::plain(10, 4 << 10);
+    let images = [ImageSpec { every: 1, ..plain }, ImageSpec { backing: 4096, ..plain }];
+    scopes(2, &images, most(2_000));
+}
+
+#[test]
+fn every_order_of_two_requests_with_other_features() {
+    let plain = ImageSpec { every: 1, ..ImageSpec::plain(10, 4 << 10) };
+    let images = [
+        ImageSpec { snapshots: 1, ..plain },
+        ImageSpec { compressed: 1, cluster_bits: 11, ..plain },
+        ImageSpec { compressed: 1, snapshots: 1, cluster_bits: 11, ..plain },
+        ImageSpec { data_file: Some(DataFile::Own(2048)), backing: 4096, every: 2, ..plain },
+        ImageSpec { extended: true, cluster_bits: 14, backing: 20 << 10, guest: 32 << 10, ..plain },
+    ];
+    scopes(2, &images, most(400));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::string::String;
 use std::vec::Vec;
 
 use crate::error::IoErrorKind;
-use crate::op::{OpId, OpKind, Request};
+use crate::op::{Op, OpId, OpKind, Request};
 use crate::report::Health;
 use crate::testing::disk::Disk;
 use crate::testing::guest::{Demand, Guest, describe};
@@ -306,11 +306,25 @@ impl Run {
             let waits = self.world.engine.waits();
             return Err(format!("nothing is in flight, and the engine does not go on: {waits}"));
         }
-        let index = self.prng.index(in_flight);
+        let index = self.pick(in_flight);
         let short = self.prng.one_in(30);
         let part = self.prng.any();
         self.complete(index, short, part);
         Ok(())
+    }
+
+    /// Which operation ends next.
+    fn pick(&mut self, in_flight: usize) -> usize {
+        let index = self.prng.index(in_flight);
+        let payload = |op: &Op| {
+            matches!(op.kind, OpKind::Read { .. } | OpKind::Write { .. } | OpKind::Inflate { .. })
+        };
+        let slow = self.workload.slow;
+        if slow == 0 || !payload(&self.world.in_flight[index]) || self.prng.one_in(slow) {
+            return index;
+        }
+        let other = self.world.in_flight.iter().position(|op| !payload(op));
+        other.unwrap_or(index)
     }
 
     /// Lets operation number `index` of those in flight end.

@@ -105,9 +105,13 @@ pub fn search(workload: &Workload, requests: &[Request], most: u64) -> Result<Sc
 /// The workload of small scopes: two guest clusters in use or not, or over something.
 #[must_use]
 pub fn workload(version: u32, every: u64, backing: u64) -> Workload {
+    on(ImageSpec { version, every, backing, ..ImageSpec::plain(10, 4 << 10) })
+}
+
+/// The same for any image.
+#[must_use]
+pub fn on(image: ImageSpec) -> Workload {
     let base = crate::testing::workload::find("c1k").expect("it is in the list");
-    let guest = 4 << 10;
-    let image = ImageSpec { version, every, backing, guest, ..base.image };
     let mut options = base.options;
     options.stress = true;
     options.depth = 4;

@@ -56,6 +56,8 @@ pub struct Workload {
     pub errors: u64,
     /// Does the host punch holes, and zero ranges?
     pub punch: bool,
+    /// Transfers of payload end last: one in so many ends when it is its turn; 0 for all.
+    pub slow: u64,
 }
 
 fn plain(cluster_bits: u32, guest: u64) -> ImageSpec {
@@ -84,7 +86,14 @@ fn base(name: &'static str, image: ImageSpec) -> Workload {
         closes: 150,
         errors: 0,
         punch: true,
+        slow: 0,
     }
+}
+
+/// What is unmapped is still being read and written while rounds come and go.
+fn slow(workload: Workload) -> Workload {
+    let mix = Mix { read: 6, write: 4, flush: 8, zero: 4, discard: 6, fua: 0 };
+    Workload { slow: 40, mix, deaths: 0, closes: 400, ..workload }
 }
 
 /// All workloads: those of plain images, and between them those of other features.
@@ -141,6 +150,7 @@ fn requests() -> Vec<Workload> {
             closes: 0,
             ..base("writes", plain(9, 64 << 10))
         },
+        slow(base("slow", ImageSpec { every: 1, ..plain(9, 8 << 10) })),
         Workload {
             mix: Mix { write: 6, zero: 6, discard: 6, flush: 2, ..Mix::default() },
             ..base("holes", ImageSpec { every: 1, ..plain(9, 16 << 10) })

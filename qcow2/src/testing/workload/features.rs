@@ -3,7 +3,7 @@
 use std::vec;
 use std::vec::Vec;
 
-use super::{Workload, base, normal, plain, stress};
+use super::{Workload, base, normal, plain, slow, stress};
 use crate::options::{Discards, Options};
 use crate::testing::image::{DataFile, ImageSpec, Limit};
 
@@ -56,6 +56,10 @@ pub(super) fn formats() -> Vec<Workload> {
             ImageSpec { snapshots: 2, compressed: 3, ..plain(14, 96 << 10) },
         ),
         Workload { longest: 12, ..base("compressed", packed()) },
+        slow(Workload {
+            longest: 4,
+            ..base("slow-compressed", ImageSpec { guest: 16 << 10, ..packed() })
+        }),
         Workload {
             longest: 12,
             options: stress(),
