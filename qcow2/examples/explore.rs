@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use qcow2::testing::explore::{self, Config};
-use qcow2::testing::faults;
+use qcow2::testing::{faults, workload};
 
 const USAGE: &str = "usage: explore [--seed S] [--states N] [--workload W] [--minutes M]
                [--threads T] [--faults RUNS] | --replay PATH";
@@ -24,11 +24,19 @@ fn parse() -> Option<Arguments> {
         match name.as_str() {
             "--seed" => config.seed = value.parse().ok()?,
             "--states" => config.states = value.parse().ok()?,
-            "--workload" => config.workload = Some(value),
-            "--minutes" => {
-                config.time = Some(Duration::from_secs_f64(value.parse::<f64>().ok()? * 60.0));
+            "--workload" => {
+                if workload::find(&value).is_none() {
+                    let names: Vec<_> = workload::all().iter().map(|it| it.name).collect();
+                    eprintln!("no workload is called '{value}'; there are: {}", names.join(" "));
+                    return None;
+                }
+                config.workload = Some(value);
             }
-            "--threads" => config.threads = value.parse().ok()?,
+            "--minutes" => {
+                let seconds = value.parse::<f64>().ok()? * 60.0;
+                config.time = Some(Duration::try_from_secs_f64(seconds).ok()?);
+            }
+            "--threads" => config.threads = value.parse().ok().filter(|&threads| threads != 0)?,
             "--faults" => faults = value.parse().ok()?,
             "--replay" => replay = Some(value),
             _ => return None,
@@ -70,5 +78,9 @@ fn main() -> ExitCode {
         println!("{}", explore::tell(&told));
     }
     println!("{}", report.json(config.seed, fault_runs));
+    if report.violation.is_none() && report.distinct < config.states {
+        eprintln!("the time was over before {} distinct states", config.states);
+        return ExitCode::from(3);
+    }
     if report.violation.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

@@ -103,7 +103,7 @@ impl Engine {
         image.check_files()?;
         let count = usize::from(options.queues) * usize::from(options.depth);
         let (l2_pages, refcount_pages, staging) = sizes(&image, options);
-        let (overlay, copy_buffers) = if options.stress { (4, 1) } else { (4096, 16) };
+        let (overlay, copy_buffers) = if options.stress { (4, 1) } else { (2048, 16) };
         // At least as many as one request may want to take at a time, and a table.
         let reservation = (options.reservation >> geometry.cluster_bits()).max(4);
         let metadata_end = first_fresh(&image, options);

@@ -68,7 +68,7 @@ pub(crate) struct Quarantine {
 const MAX_ITEMS: usize = 1024;
 
 /// What a round that folds mappings may add on top of that: one run for each.
-const MAX_FOLDED: usize = 4096;
+const MAX_FOLDED: usize = 2048;
 
 impl Quarantine {
     pub(crate) fn new() -> Self {

@@ -4,21 +4,27 @@
 #![cfg(feature = "testing")]
 #![expect(clippy::unwrap_used, reason = "a test may end so")]
 
-use qcow2::testing::explore::{self, Config};
+use qcow2::testing::explore::{self, Config, Violation};
 use qcow2::testing::image::{DataFile, ImageSpec};
 use qcow2::testing::{faults, scope};
 
 /// A debug build is some thirty times slower.
 const SCALE: u64 = if cfg!(debug_assertions) { 30 } else { 1 };
 
-#[test]
-fn no_crash_state_is_wrong() {
-    let config = Config { seed: 1, states: 1_000_000 / SCALE, ..Config::default() };
-    let report = explore::explore(&config);
-    if let Some(violation) = &report.violation {
+/// Ends the test with what was found and the command that replays it.
+fn none(violation: Option<&Violation>) {
+    if let Some(violation) = violation {
         let told = explore::replay(&violation.replay).err();
         panic!("{}", explore::tell(told.as_ref().unwrap_or(violation)));
     }
+}
+
+#[test]
+fn no_crash_state_is_wrong() {
+    explore::announce_panics();
+    let config = Config { seed: 1, states: 1_000_000 / SCALE, ..Config::default() };
+    let report = explore::explore(&config);
+    none(report.violation.as_ref());
     let rate = report.distinct as f64 / report.seconds;
     println!("{}; {rate:.0} distinct states per second", report.json(config.seed, 0));
     assert!(report.distinct >= config.states);
@@ -28,11 +34,10 @@ fn no_crash_state_is_wrong() {
 
 #[test]
 fn after_any_fault_the_answers_are_honest() {
-    let found = faults::explore(1, 100_000 / SCALE, 2);
-    if let Some(violation) = &found.violation {
-        let told = explore::replay(&violation.replay).err();
-        panic!("{}", explore::tell(told.as_ref().unwrap_or(violation)));
-    }
+    explore::announce_panics();
+    // By hand 100 000 and more: `explore --faults`.
+    let found = faults::explore(1, 20_000 / SCALE, 2);
+    none(found.violation.as_ref());
     println!("{} runs with a fault", found.runs);
 }
 
@@ -51,7 +56,7 @@ fn most(default: u64) -> u64 {
 
 /// Sequences of requests on two clusters.
 fn scopes(len: usize, images: &[ImageSpec], most: u64) {
-    let (mut nodes, mut states) = (0, 0);
+    let (mut nodes, mut states, mut cut) = (0, 0, 0);
     for &image in images {
         let workload = scope::on(image);
         let all = scope::alphabet(1 << image.cluster_bits, true);
@@ -66,9 +71,13 @@ fn scopes(len: usize, images: &[ImageSpec], most: u64) {
             let found = found.unwrap_or_else(|what| panic!("{image:?}: {requests:?}\n{what}"));
             nodes += found.nodes;
             states += found.states;
+            cut += u32::from(found.cut);
         }
     }
-    println!("{len} requests: {nodes} states of the world, {states} crash states");
+    println!(
+        "{len} requests: {nodes} states of the world, {states} crash states; {cut} sequences have \
+         more than {most} states of the world, of which these are the first on both ways"
+    );
 }
 
 #[test]
@@ -107,10 +116,9 @@ fn every_order_of_four_requests_of_a_few_kinds() {
 
 #[test]
 fn every_mark_is_hit() {
+    explore::announce_panics();
     let config = Config { seed: 7, states: 500_000 / SCALE, ..Config::default() };
-    let report = explore::explore(&config);
-    assert!(report.violation.is_none(), "another test tells of this");
-    let found = faults::explore(7, 20_000 / SCALE, 2);
-    assert!(found.violation.is_none(), "another test tells of this, too");
+    none(explore::explore(&config).violation.as_ref());
+    none(faults::explore(7, 5_000 / SCALE, 2).violation.as_ref());
     assert_eq!(qcow2::marks::missing(), [""; 0], "no run came by these lines");
 }

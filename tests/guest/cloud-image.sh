@@ -7,7 +7,7 @@
 # same through our device and through qemu-nbd; then some are written, and the image stays sound.
 source "$(dirname "$0")/lib.sh"
 
-images=${XDG_CACHE_HOME:-$HOME/.cache}/ublk-qcow2/cloud
+images=$VM_CACHE/cloud
 [[ -e $images/zlib.qcow2 ]] || fail "no images in $images; tests/setup cloud-images makes them"
 mkdir mnt
 

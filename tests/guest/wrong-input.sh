@@ -81,10 +81,13 @@ while IFS=$'\t' read -r file verdict field phrase; do
             unchanged "$fixtures/corrupt/$file" "images/$file"
             ;;
         mend)
-            ublk-qcow2 check -f "images/$file" >found.txt && fail "$file: nothing is wrong with it"
+            info=$(ublk-qcow2 info -f "images/$file")
+            [[ $info == *dirty* ]] || fail "$file is not marked dirty: $info"
             add "images/$file"
             del
             clean "images/$file"
+            info=$(ublk-qcow2 info -f "images/$file")
+            [[ $info != *dirty* ]] || fail "$file is still marked dirty: $info"
             ;;
         write)
             add "images/$file"

@@ -28,6 +28,8 @@ pub struct Scope {
     pub nodes: u64,
     /// States that a crash may leave, judged.
     pub states: u64,
+    /// There are more states of the world than were gone through.
+    pub cut: bool,
 }
 
 /// A hash of what is written to it.
@@ -54,9 +56,11 @@ struct Search {
     demand: Demand,
     scope: Scope,
     most: u64,
+    /// Of what can happen next, the submitting of a request comes first.
+    submit_first: bool,
 }
 
-/// Two clusters of four sectors, as the alphabet of requests knows them.
+/// Two clusters, as the alphabet of requests knows them.
 #[must_use]
 pub fn alphabet(cluster: u64, zeroes: bool) -> Vec<Request> {
     let len = u32::try_from(cluster).expect("a small cluster");
@@ -76,8 +80,9 @@ pub fn alphabet(cluster: u64, zeroes: bool) -> Vec<Request> {
     all
 }
 
-/// Goes through every order of `requests`, submitted in this order, on a fresh image; gives up
-/// after `most` states of the world.
+/// Goes through every order of `requests`, submitted in this order, on a fresh image. Of more than
+/// `most` states of the world it takes the first on two ways: one on which all requests are there
+/// before any operation ends, and one on which each comes when those before have ended.
 ///
 /// # Errors
 /// What is wrong, and the way there.
@@ -97,8 +102,15 @@ pub fn search(workload: &Workload, requests: &[Request], most: u64) -> Result<Sc
         demand: Demand::default(),
         scope: Scope::default(),
         most,
+        submit_first: true,
     };
     search.from(&run, 0)?;
+    if search.scope.cut {
+        search.seen.clear();
+        search.most += search.scope.nodes;
+        search.submit_first = false;
+        search.from(&run, 0)?;
+    }
     Ok(search.scope)
 }
 
@@ -121,7 +133,11 @@ pub fn on(image: ImageSpec) -> Workload {
 impl Search {
     fn from(&mut self, run: &Run, submitted: usize) -> Result<(), String> {
         let key = self.key(run, submitted);
-        if self.scope.nodes >= self.most || !self.seen.insert(key) {
+        if self.scope.nodes >= self.most {
+            self.scope.cut = true;
+            return Ok(());
+        }
+        if !self.seen.insert(key) {
             return Ok(());
         }
         self.scope.nodes += 1;
@@ -130,11 +146,8 @@ impl Search {
         if in_flight == 0 && submitted == self.requests.len() && run.guest.busy() != 0 {
             return Err(tell(run, "nothing is in flight, and requests have no answer"));
         }
-        if let Some(&request) = self.requests.get(submitted) {
-            let mut next = run.clone();
-            next.request(u16::try_from(submitted).expect("few requests"), request);
-            next.look().map_err(|what| tell(&next, &what))?;
-            self.from(&next, submitted + 1)?;
+        if self.submit_first {
+            self.submit(run, submitted)?;
         }
         for index in 0..in_flight {
             let mut next = run.clone();
@@ -142,7 +155,15 @@ impl Search {
             next.look().map_err(|what| tell(&next, &what))?;
             self.from(&next, submitted)?;
         }
-        Ok(())
+        if self.submit_first { Ok(()) } else { self.submit(run, submitted) }
+    }
+
+    fn submit(&mut self, run: &Run, submitted: usize) -> Result<(), String> {
+        let Some(&request) = self.requests.get(submitted) else { return Ok(()) };
+        let mut next = run.clone();
+        next.request(u16::try_from(submitted).expect("few requests"), request);
+        next.look().map_err(|what| tell(&next, &what))?;
+        self.from(&next, submitted + 1)
     }
 
     fn key(&self, run: &Run, submitted: usize) -> u64 {

@@ -96,7 +96,14 @@ fn follow(text: &str, trace: &mut Vec<String>) -> Result<(), String> {
             let known = pool.borrow();
             let setting = &run.setting;
             let found = State { pool: &known, sectors: &sectors, len, data: &data, setting };
-            let summary = judge.judge(found, &demand)?;
+            let summary = match judge.judge(found, &demand) {
+                Ok(summary) => summary,
+                Err(what) => {
+                    let theirs = qemu::judge(found, &demand, &pool);
+                    let theirs = theirs.err().unwrap_or_else(|| "nothing is wrong".into());
+                    return Err(format!("{what}\nqemu-img says: {theirs}"));
+                }
+            };
             let bytes = bytes_of(&sectors, len, &pool);
             let checked = Checker::new().check_bytes(&bytes).map_err(|error| error.to_string())?;
             if let Some(finding) = checked.first.filter(|_| checked.corruptions != 0) {
