@@ -446,6 +446,10 @@ impl Engine {
         let flushes = self.stats.flushes + self.stats.fua_writes;
         let (flushes_then, clusters_then) = self.allocator.before;
         let clusters = self.stats.allocated_data;
+        // Asked again and again until the file is longer.
+        if clusters - clusters_then < self.allocator.target / 4 {
+            return;
+        }
         self.allocator.before = (flushes, clusters);
         self.allocator.writes_zeros =
             (flushes - flushes_then) * CLUSTERS_PER_FLUSH > clusters - clusters_then;

@@ -20,6 +20,8 @@ sums() {
 }
 
 modprobe nbd
+# qemu-nbd keeps a socket there.
+mkdir -p /run/lock
 for type in zlib zstd; do
     within 60 cp "$images/$type.qcow2" .
     within 30 qemu-nbd -r -f qcow2 -c /dev/nbd0 "$type.qcow2"

@@ -82,12 +82,12 @@ while IFS=$'\t' read -r file verdict field phrase; do
             ;;
         mend)
             info=$(ublk-qcow2 info -f "images/$file")
-            [[ $info == *dirty* ]] || fail "$file is not marked dirty: $info"
+            [[ $info == *"feature: dirty"* ]] || fail "$file is not marked dirty: $info"
             add "images/$file"
             del
             clean "images/$file"
             info=$(ublk-qcow2 info -f "images/$file")
-            [[ $info != *dirty* ]] || fail "$file is still marked dirty: $info"
+            [[ $info != *"feature: dirty"* ]] || fail "$file is still marked dirty: $info"
             ;;
         write)
             add "images/$file"
@@ -119,6 +119,8 @@ while IFS=$'\t' read -r file size content; do
         found=$(within 20 dd if="$dev" bs=64k iflag=direct status=none | sha256sum)
         [[ $found == "$content "* ]] || fail "$file: wrong content"
         del
+        # Bitmaps are marked as in use before anything can be written.
+        [[ $file == bitmap.qcow2 && -z $mode ]] && cp "$fixtures/images/$file" images/ && continue
         cmp "$fixtures/images/$file" "images/$file" || fail "$file was changed by reading"
     done
 done <"$fixtures/images/expected.tsv"
