@@ -125,7 +125,8 @@ const MAX_PENDING: usize = 32;
 
 impl Allocator {
     /// For a file that ends within or before cluster `end`, to keep `target` clusters in reserve.
-    pub(crate) fn new(end: u64, target: u64) -> Self {
+    /// With `writes_zeros` the first of them are written: see `decide_how_to_zero`.
+    pub(crate) fn new(end: u64, target: u64, writes_zeros: bool) -> Self {
         Self {
             zero: VecDeque::with_capacity(MAX_PENDING),
             stale: VecDeque::with_capacity(MAX_PENDING),
@@ -140,7 +141,7 @@ impl Allocator {
             scan: 1,
             scan_end: end,
             extending: false,
-            writes_zeros: false,
+            writes_zeros,
             before: (0, 0),
             error: None,
             must_grow: false,
@@ -441,7 +442,9 @@ impl Engine {
     /// Decides how fresh space becomes zeros. To have it allocated (fallocate) costs next to
     /// nothing, but then the first write to each piece of it changes the file system's metadata,
     /// and the fdatasync after that costs a flush of the device more. Where there is nearly one
-    /// FLUSH for each cluster, writing zeros ahead of need is the smaller price.
+    /// FLUSH for each cluster, writing zeros ahead of need is the smaller price. Above a backing
+    /// file that is how it begins: a FLUSH costs two fdatasyncs there, and new clusters are mostly
+    /// copied whole anyway.
     fn decide_how_to_zero(&mut self) {
         let flushes = self.stats.flushes + self.stats.fua_writes;
         let (flushes_then, clusters_then) = self.allocator.before;

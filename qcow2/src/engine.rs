@@ -135,7 +135,7 @@ impl Engine {
             metadata: image.metadata,
             l2_cache: Cache::new(l2_pages, geometry),
             refcount_cache: Cache::new(refcount_pages, geometry),
-            allocator: Allocator::new(metadata_end, reservation),
+            allocator: Allocator::new(metadata_end, reservation, !image.layers.is_empty()),
             overlay: Overlay::new(overlay),
             quarantine: Quarantine::new(),
             copies: Copies::new(copy_buffers, count),
