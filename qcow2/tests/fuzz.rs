@@ -137,7 +137,7 @@ fn no_image_and_no_request_makes_it_panic_or_hang() {
         one(&images, seed, case, &totals);
         return;
     }
-    let end = Instant::now() + Duration::from_secs(number("FUZZ_SECONDS").unwrap_or(20));
+    let end = Instant::now() + Duration::from_secs(number("FUZZ_SECONDS").unwrap_or(60));
     let began = Instant::now();
     let next = AtomicU64::new(0);
     let threads = std::thread::available_parallelism().unwrap().get();
