@@ -261,6 +261,8 @@ impl Queue {
         let fua = desc.op_flags & ublk::IO_F_FUA != 0;
         match desc.op() {
             ublk::OP_FLUSH => Ok((Request::Flush, 0)),
+            // The block layer sends no such thing, and nobody may think that it was durable.
+            ublk::OP_WRITE_ZEROES if fua => Err(libc::EOPNOTSUPP),
             op @ (ublk::OP_DISCARD | ublk::OP_WRITE_ZEROES) => {
                 let (offset, len) = self.range(desc, u32::MAX).ok_or(libc::EIO)?;
                 let unmap = desc.op_flags & ublk::IO_F_NOUNMAP == 0;

@@ -55,7 +55,12 @@ pub fn rebuild(file: &File, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<
 pub fn reclaim(file: &File, cluster_size: u64) -> Result<Option<String>> {
     let mut image = open_again(file)?;
     match reclaim_leaks(&mut image, CHEAP, &mut |_, _, _| {}) {
-        Ok(Reclaim::Reclaimed(0) | Reclaim::TooMuch) => Ok(None),
+        Ok(Reclaim::Reclaimed(0)) => Ok(None),
+        Ok(Reclaim::TooMuch) => {
+            // Not for the user each time: a crash may never have been.
+            tracing::info!("not searched for leaks, which would take long: see check");
+            Ok(None)
+        }
         Ok(Reclaim::Reclaimed(count)) => {
             let kib = (count * cluster_size).div_ceil(1024);
             Ok(Some(format!("{count} clusters leaked by a crash ({kib} KiB) were given back")))

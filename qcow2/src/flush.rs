@@ -419,7 +419,7 @@ impl Engine {
     pub(crate) fn fold_replaced(&mut self) {
         if !self.round.is_idle() {
             mark!("round.replaced_before_folded");
-            self.round.folded |= !planted::is(Bug::ReplacedFoldForgotten);
+            self.round.folded = true;
         }
     }
 

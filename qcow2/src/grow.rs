@@ -59,9 +59,7 @@ impl Engine {
         if self.round.waiting {
             return false;
         }
-        let blocks = self.allocator.has_new_blocks() && !planted::is(Bug::GrowWithNewBlocks);
-        if self.allocator.must_grow && blocks {
-            mark!("grow.waits_for_block");
+        if self.allocator.must_grow && self.allocator.has_new_blocks() {
             // The copy must be of a table whose every entry is on disk.
             self.round.wanted = true;
             self.round.enter(Phase::End);

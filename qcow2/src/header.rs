@@ -199,7 +199,11 @@ impl Header {
             refcount_table: Self::refcount_table(bytes, geometry, file_len)?,
             backing,
             data_file,
-            bitmaps: extensions.bitmaps.filter(|_| features.bitmaps),
+            // Without its autoclear bit the extension is out of date, and means nothing.
+            bitmaps: match extensions.bitmaps.filter(|_| features.bitmaps) {
+                Some(data) => Some(Bitmaps::parse(data)?),
+                None => None,
+            },
             snapshots: Self::snapshot_table(bytes, geometry, file_len)?,
             page,
             rewrite,

@@ -8,7 +8,6 @@
 pub const MARKS: &[&str] = &[
     "flush.waits_for_next_round",
     "grow.moved",
-    "grow.waits_for_block",
     "op.short",
     "quarantine.lowered_durably",
     "quarantine.pinned",

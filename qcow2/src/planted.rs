@@ -89,10 +89,6 @@ bugs! {
     StaleTable,
     /// Closing cuts the file off below clusters in use.
     TruncateTooShort,
-    /// A FLUSH does not wait for what replaced a mapping that it would have folded.
-    ReplacedFoldForgotten,
-    /// The refcount table is copied while a block is not linked on disk.
-    GrowWithNewBlocks,
     /// The copy of an L2 table that a snapshot shares is linked before it is durable.
     TableCopyLinkedEarly,
     /// A compressed cluster gives one of its host clusters back twice.

@@ -2,7 +2,7 @@
 
 use byteorder::{BigEndian, ByteOrder};
 
-use super::{Bitmaps, DECRYPT, bounds};
+use super::{DECRYPT, bounds};
 use crate::error::{FeatureName, OpenError, OpenErrorInner};
 
 /// The entries of the feature name table of an image: 48 bytes each.
@@ -56,7 +56,7 @@ pub(super) struct Extensions<'a> {
     pub(super) names: FeatureNames<'a>,
     pub(super) backing_format: Option<&'a [u8]>,
     pub(super) data_file: Option<&'a [u8]>,
-    pub(super) bitmaps: Option<Bitmaps>,
+    pub(super) bitmaps: Option<&'a [u8]>,
 }
 
 /// Walks the header extensions (specification: "Header extensions"), which end before `end`.
@@ -98,7 +98,7 @@ pub(super) fn extensions(
             FEATURE_NAMES => found.names = FeatureNames(data),
             BACKING_FORMAT => found.backing_format = Some(data),
             DATA_FILE => found.data_file = Some(data),
-            BITMAPS => found.bitmaps = Some(Bitmaps::parse(data)?),
+            BITMAPS => found.bitmaps = Some(data),
             ENCRYPTION => return refuse("encryption (LUKS)", DECRYPT),
             _ => {}
         }

@@ -424,6 +424,11 @@ impl Disk {
 
     /// The process dies: of each write in flight some sectors land, chosen by `prng`, the rest
     /// never will. What has completed stays, but is not durable.
+    ///
+    /// That nothing lands after the image was opened again is not the disk's doing: the server
+    /// holds the image's locks by the descriptors that its operations use, so they end with the
+    /// last of them, and the next server waits for the locks. [`Bug::LateWriteAfterDeath`] is a
+    /// next server that does not.
     pub fn death(&mut self, prng: &mut Prng) {
         self.syncs.clear();
         self.reading.clear();
@@ -442,11 +447,20 @@ impl Disk {
             }
             self.completions += 1;
             change.completed = Some(self.completions);
-            let landed = match prng.below(3) {
+            let how = prng.below(4);
+            let landed = match how {
                 0 => 0,
-                1 => usize::MAX,
+                1 | 3 => usize::MAX,
                 _ => prng.index(change.what.sectors(self.view.len()).len() + 1),
             };
+            if let (3, What::Write { first, ids }) = (how, &mut change.what) {
+                // Here one and there one; the others stay what they are.
+                let stay = |sector: usize| self.view.get(sector).copied();
+                let mixed = ids.iter().zip(*first..).map(|(&id, sector)| {
+                    if prng.one_in(2) { stay(sector).unwrap_or(id) } else { id }
+                });
+                *ids = mixed.collect();
+            }
             match &mut change.what {
                 What::Write { ids, .. } => *ids = ids[..landed.min(ids.len())].into(),
                 What::Zero { count, .. } => *count = landed.min(*count),

@@ -80,8 +80,6 @@ struct Hit {
     kind: OpKind,
 }
 
-const SECTOR_U32: u32 = 512;
-
 /// A result in words.
 pub type Told<T> = Result<T, String>;
 
@@ -343,7 +341,7 @@ impl Run {
         self.ended += 1;
         let hit = self.fault.filter(|it| it.index == number || it.lasting && it.index < number);
         let memory = matches!(op.kind, OpKind::Fill { .. } | OpKind::CopyFill { .. });
-        let hit = hit.filter(|it| !memory && (it.kind.is_some() || len > SECTOR_U32));
+        let hit = hit.filter(|it| !memory && (it.kind.is_some() || len > 512));
         let sectors = u64::from(len) / SECTOR as u64;
         let part = |end: u64| {
             if end == 0 { 0 } else { u32::try_from(part % end * SECTOR as u64).expect("short") }
@@ -354,7 +352,7 @@ impl Run {
             Some(Fault { kind: Some(kind), .. }) => (Some(kind), part(sectors + 1)),
             // A read of nothing would be the end of the file.
             Some(Fault { kind: None, .. }) if matches!(op.kind, OpKind::Read { .. }) => {
-                (None, part(sectors - 1) + SECTOR_U32)
+                (None, part(sectors - 1) + 512_u32)
             }
             Some(Fault { kind: None, .. }) => (None, part(sectors)),
             // A read of nothing would be the end of the file.
