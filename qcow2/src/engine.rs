@@ -25,7 +25,7 @@ use crate::geometry::Geometry;
 use crate::header::Header;
 use crate::image::Image;
 use crate::layer::Layer;
-use crate::life::{Life, MAX_INCIDENTS};
+use crate::life::{Life, MAX_INCIDENTS, Mark};
 use crate::mark;
 use crate::metaset::MetaSet;
 use crate::op::{FileId, Op, OpId, OpKind, Outcome, Reply, Request};
@@ -50,6 +50,7 @@ pub struct Engine {
     pub(crate) file_len: u64,
     pub(crate) life: Life,
     pub(crate) failed: Option<Failure>,
+    pub(crate) corrupt_mark: Mark,
     pub(crate) incidents: VecDeque<Failure>,
 
     pub(crate) requests: Vec<RequestState>,
@@ -119,6 +120,7 @@ impl Engine {
             file_len: image.file_len,
             life: if options.read_only { Life::Serving } else { Life::Opening },
             failed: None,
+            corrupt_mark: Mark::No,
             incidents: VecDeque::with_capacity(MAX_INCIDENTS),
             requests: vec![RequestState::IDLE; count],
             active: 0,
@@ -396,6 +398,8 @@ impl Engine {
     /// Works off what can go on.
     fn run(&mut self) {
         loop {
+            // First, so that readers don't take the staging that it needs again and again.
+            self.end_writing();
             while let Some(id) = self.ready.pop_front() {
                 self.step(id);
             }
@@ -404,6 +408,7 @@ impl Engine {
             self.refill();
             self.check_starved();
             let ended = self.advance_round();
+            self.end_writing();
             if self.ready.is_empty() && !ended {
                 break;
             }

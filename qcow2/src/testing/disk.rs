@@ -282,13 +282,16 @@ impl Disk {
         legal: &dyn Fn(u64, SectorId) -> bool,
     ) -> Result<(), Broken> {
         let verdict = match &self.rules {
-            Some(rules) => rules.check(self, submitted, legal),
+            Some(rules) => rules.check(self, op, submitted, legal),
             None => self.no_overlap(submitted),
         };
         let structure = match &self.rules {
             Some(_) => Rules::structure(self, submitted),
             None => Structure::Data,
         };
+        if let Some(rules) = &mut self.rules {
+            rules.note(op, submitted);
+        }
         let what = match submitted.kind {
             OpKind::ZeroRange { .. } if !self.can_punch => None,
             OpKind::Write { offset, .. }
@@ -390,10 +393,11 @@ impl Disk {
         self.syncs.retain(|&(id, _)| id != op);
     }
 
-    /// The engine was told that a metadata write or a sync has failed: only reads may follow.
-    pub fn latch(&mut self) {
+    /// The engine was told that a metadata write or a sync has failed: only reads may follow. Or
+    /// (`corrupt`) it says that the image contradicts itself: that is written into the header.
+    pub fn latch(&mut self, corrupt: bool) {
         if let Some(rules) = &mut self.rules {
-            rules.latched = true;
+            rules.latch(corrupt);
         }
     }
 

@@ -199,6 +199,9 @@ impl World {
 
     /// Takes what the engine has to say.
     pub fn pump(&mut self, guest: Option<&Guest>) {
+        if let Health::Failed(failure) = self.engine.health() {
+            self.disk.latch(failure.is_corruption());
+        }
         while let Some(op) = self.engine.next_op(0) {
             let submitted = self.submitted(op);
             let legal = |sector, id| guest.is_none_or(|guest| guest.is_legal(sector, id));
@@ -283,7 +286,7 @@ impl World {
         if op.file == FileId::Image && outcome != Outcome::Done {
             let metadata = matches!(op.kind, OpKind::MetaWrite { .. } | OpKind::Sync);
             if metadata && matches!(outcome, Outcome::Error(_)) {
-                self.disk.latch();
+                self.disk.latch(false);
             }
         }
         self.engine.complete(op.id, outcome);
