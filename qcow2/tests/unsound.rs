@@ -42,6 +42,25 @@ fn l2(image: &[u8]) -> u64 {
     word(image, word(image, 40)) & OFFSET
 }
 
+/// The host cluster of a guest cluster.
+fn host(image: &[u8], guest: u64) -> u64 {
+    (word(image, l2(image) + guest * 8) & OFFSET) / CLUSTER
+}
+
+/// Where the refcount of a cluster is.
+fn refcount_at(image: &[u8], cluster: u64) -> usize {
+    at(word(image, word(image, 48)) + cluster * 2)
+}
+
+fn set_refcount(image: &mut [u8], cluster: u64, count: u8) {
+    let place = refcount_at(image, cluster);
+    image[place..place + 2].copy_from_slice(&[0, count]);
+}
+
+fn refcount(image: &[u8], cluster: u64) -> u8 {
+    image[refcount_at(image, cluster) + 1]
+}
+
 fn begin(image: &[u8], options: &Options) -> World {
     let mut disk = Disk::new(image);
     disk.watch();
@@ -49,6 +68,13 @@ fn begin(image: &[u8], options: &Options) -> World {
     world.settle();
     assert!(world.engine.is_ready());
     world.handed = Some(Vec::new());
+    world
+}
+
+/// The same, of which only the order of writes is judged by the test itself.
+fn begin_unwatched(image: &[u8], options: &Options) -> World {
+    let mut world = World::open(Disk::new(image), options).unwrap();
+    world.settle();
     world
 }
 
@@ -67,6 +93,11 @@ fn write_to(guest: u64, clusters: u64) -> Request {
 
 fn read_of(guest: u64) -> Request {
     Request::Read { offset: guest * CLUSTER, len: 512 }
+}
+
+fn discard_of(guest: u64, clusters: u64) -> Request {
+    let len = u32::try_from(clusters * CLUSTER).unwrap();
+    Request::Discard { offset: guest * CLUSTER, len }
 }
 
 /// What the disk holds is durable, and the image but for the mark.
@@ -184,4 +215,81 @@ fn version_2_has_no_place_for_the_mark() {
     assert!(world.disk.bytes() == image, "it was changed");
     let (_, health) = world.close();
     assert!(matches!(health, Health::Failed(_)));
+}
+
+/// Discards clusters, with FLUSHes until everything has become of them.
+fn discard(world: &mut World, guest: u64, clusters: u64) {
+    assert_eq!(ask(world, discard_of(guest, clusters), 0), Ok(()));
+    for _ in 0..3 {
+        assert_eq!(ask(world, Request::Flush, 0), Ok(()));
+    }
+}
+
+#[test]
+fn what_is_counted_twice_is_not_freed_though_its_entry_says_copied() {
+    // Clusters of one run: the first, one in the middle, and the last; and a run of one.
+    for (first, clusters, twice) in [(8, 8, vec![8, 11, 12, 15]), (8, 1, vec![8])] {
+        let mut image = full(3);
+        for &guest in &twice {
+            let cluster = host(&image, guest);
+            set_refcount(&mut image, cluster, 2);
+        }
+        // The image's reader, who has them too, would find zeros in a hole.
+        let mut world = begin_unwatched(&image, &Options::default());
+        discard(&mut world, first, clusters);
+        let after = world.disk.bytes();
+        for guest in first..first + clusters {
+            let cluster = host(&image, guest);
+            let place = at(cluster * CLUSTER);
+            let kept = twice.contains(&guest);
+            let bytes = &after[place..place + at(CLUSTER)];
+            assert_eq!(refcount(&after, cluster), u8::from(kept), "guest cluster {guest}");
+            assert_eq!(bytes == &image[place..place + at(CLUSTER)], kept, "{guest}");
+        }
+        assert_eq!(world.engine.stats().quarantined, 0);
+        let (disk, health) = world.close();
+        assert_eq!(health, Health::Good);
+        for &guest in &twice {
+            let place = at(host(&image, guest) * CLUSTER);
+            assert!(disk.bytes()[place..][..512] == image[place..][..512], "it was reused");
+        }
+    }
+}
+
+#[test]
+fn what_was_not_counted_ends_writing() {
+    let mut image = full(3);
+    // One cluster for two of the guest, and counted once.
+    let shared = word(&image, l2(&image) + 8 * 8);
+    let entry = l2(&image) + 20 * 8;
+    put(&mut image, entry, shared);
+    let mut world = begin_unwatched(&image, &Options::default());
+    discard(&mut world, 8, 1);
+    assert_eq!(ask(&mut world, discard_of(20, 1), 0), Ok(()));
+    // The first that makes the unlinking durable counts down.
+    assert_eq!(ask(&mut world, Request::Flush, 0), Err(IoErrorKind::Io));
+    let Health::Failed(failure) = world.engine.health() else { panic!("it is good") };
+    assert_eq!(failure.kind, FailureKind::NotCounted);
+    assert_eq!(failure.offset, shared & OFFSET);
+    let after = world.disk.bytes();
+    assert_eq!(after[FEATURES], image[FEATURES] | CORRUPT);
+    assert_eq!(refcount(&after, host(&image, 8)), 0, "no underflow");
+    assert_eq!(ask(&mut world, read_of(30), 512), Ok(()));
+    assert_eq!(ask(&mut world, write_to(30, 1), CLUSTER), Err(IoErrorKind::Io));
+    // In one run, where the count of the second is gone already.
+    let mut image = full(3);
+    let cluster = host(&image, 9);
+    set_refcount(&mut image, cluster, 0);
+    let mut world = begin_unwatched(&image, &Options::default());
+    assert_eq!(ask(&mut world, discard_of(8, 4), 0), Ok(()));
+    // It ends before the page of refcounts is there.
+    assert_eq!(ask(&mut world, Request::Flush, 0), Ok(()));
+    assert!(
+        matches!(world.engine.health(), Health::Failed(f) if f.kind == FailureKind::NotCounted)
+    );
+    let after = world.disk.bytes();
+    let place = at(host(&image, 8) * CLUSTER);
+    assert!(after[place..][..at(CLUSTER)] == image[place..][..at(CLUSTER)], "it was punched");
+    let told = qemu_img("uncounted", &after, &["info", "--output=json"]);
+    assert!(told.contains("\"corrupt\": true"), "{told}");
 }
