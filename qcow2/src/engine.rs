@@ -208,21 +208,17 @@ impl Engine {
     pub fn complete(&mut self, id: OpId, outcome: Outcome) {
         let state = *self.ops.get(id);
         self.current_queue = state.queue;
-        let writes = matches!(
-            state.kind,
-            OpKind::Write { .. }
-                | OpKind::WriteZeros { .. }
-                | OpKind::MetaWrite { .. }
-                | OpKind::CopyWrite { .. }
-                | OpKind::ZeroRange { .. }
-                | OpKind::Extend { .. }
-                | OpKind::Truncate { .. }
-        );
+        let writes = match state.kind {
+            // That of a discard is seen by the guest. Of a cluster that nobody has any more it
+            // need not become durable: whoever takes that next zeroes it.
+            OpKind::Punch { .. } => matches!(state.owner, Owner::Request(_)),
+            OpKind::Sync => false,
+            kind => !kind.only_reads(),
+        };
         if state.file == FileId::Data {
             self.note_data_len(state.kind, outcome);
         }
-        // Also when it failed: some of it may have got there. (A punch need not become durable:
-        // whoever takes the cluster next zeroes it.)
+        // Also when it failed: some of it may have got there.
         if writes {
             self.epochs.note_write();
         }
