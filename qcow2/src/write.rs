@@ -491,6 +491,7 @@ impl Engine {
             self.round.wanted = true;
             return Err(Stop::Wait(Wait::Quarantine));
         }
+        self.forget_pages(table.at)?;
         self.new_tables.retain(|table| !mine(table));
         self.l1.set(l1_index, copied_word(self.geometry().host_start(table.at)));
         self.metadata.insert(table.at.index());
