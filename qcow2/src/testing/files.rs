@@ -417,15 +417,22 @@ fn inflate(file: &File, source: Compressed) -> io::Result<Vec<u8>> {
     if whole { Ok(out) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
-/// Raw deflate, with anything behind its end.
+/// Raw deflate, of which the first cluster counts.
 fn inflate_raw(bytes: &[u8], out: &mut [u8]) -> bool {
     let mut state = deflate::DecompressorOxide::new();
     let flags = deflate::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
     let (status, _, count) = deflate::decompress(&mut state, bytes, out, 0, flags);
-    status == TINFLStatus::Done && count == out.len()
+    let whole = matches!(
+        status,
+        TINFLStatus::Done
+            | TINFLStatus::HasMoreOutput
+            | TINFLStatus::FailedCannotMakeProgress
+            | TINFLStatus::NeedsMoreInput
+    );
+    whole && count == out.len()
 }
 
-/// Zstandard frames, as many as fill `out`.
+/// Zstandard frames, as many as fill `out`; the last of them has to end there.
 fn inflate_zstd(mut bytes: &[u8], out: &mut [u8]) -> bool {
     let mut filled = 0;
     while filled < out.len() {
@@ -435,6 +442,9 @@ fn inflate_zstd(mut bytes: &[u8], out: &mut [u8]) -> bool {
         let before = filled;
         loop {
             match io::Read::read(&mut decoder, &mut out[filled..]) {
+                Ok(0) if filled == out.len() => {
+                    return matches!(io::Read::read(&mut decoder, &mut [0]), Ok(0));
+                }
                 Ok(0) => break,
                 Ok(more) => filled += more,
                 Err(_) => return false,
@@ -445,4 +455,23 @@ fn inflate_zstd(mut bytes: &[u8], out: &mut [u8]) -> bool {
         }
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use miniz_oxide::deflate::compress_to_vec;
+    use ruzstd::encoding::{CompressionLevel, compress_to_vec as zstd_to_vec};
+
+    use super::*;
+
+    #[test]
+    fn a_stream_of_more_than_a_cluster_is_taken_as_qemu_takes_it() {
+        for (len, raw, zstd) in [(4095, false, false), (4096, true, true), (4097, true, false)] {
+            let (content, mut out) = (vec![7; len], vec![0; 4096]);
+            assert_eq!(inflate_raw(&compress_to_vec(&content, 6), &mut out), raw, "{len}");
+            assert!(!raw || out == vec![7; 4096]);
+            let bytes = zstd_to_vec(&content[..], CompressionLevel::Fastest);
+            assert_eq!(inflate_zstd(&bytes, &mut out), zstd, "{len}");
+        }
+    }
 }
