@@ -63,9 +63,6 @@ no_devices
 refused 5 -- ublk-qcow2 del -n 5
 refused 5 -- ublk-qcow2 list -n 5
 
-say 'more queues than one'
-refused image.qcow2 -q 2 -- ublk-qcow2 add -f image.qcow2 -q 2
-
 say 'no ublk driver'
 modprobe -r ublk_drv
 refused image.qcow2 /dev/ublk-control 'modprobe ublk_drv' Linux -- ublk-qcow2 add -f image.qcow2
