@@ -240,18 +240,15 @@ impl Cache {
 
     /// Entry `index` of a page of L2 entries of the image that the cache is made for.
     pub(crate) fn entry(&self, id: SlotId, index: usize) -> L2Entry {
-        match self.entry_bits {
+        self.entry_as(id, index, self.entry_bits)
+    }
+
+    /// The same of an image with entries of so many bytes, as log2.
+    pub(crate) fn entry_as(&self, id: SlotId, index: usize, entry_bits: u32) -> L2Entry {
+        match entry_bits {
             3 => L2Entry { word: self.word(id, index), bitmap: 0 },
             _ => L2Entry { word: self.word(id, index * 2), bitmap: self.word(id, index * 2 + 1) },
         }
-    }
-
-    /// The same for an image with another geometry.
-    pub(crate) fn entry_as(&self, id: SlotId, index: usize, geometry: Geometry) -> L2Entry {
-        if geometry.entry_bits() == 3 {
-            return L2Entry { word: self.word(id, index), bitmap: 0 };
-        }
-        L2Entry { word: self.word(id, index * 2), bitmap: self.word(id, index * 2 + 1) }
     }
 
     /// Entry `index` of a page of refcounts (specification: "Refcounts"): from 8 bits on they are

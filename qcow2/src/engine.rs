@@ -38,7 +38,7 @@ use crate::overlay::Overlay;
 use crate::planted::{self, Bug};
 use crate::quarantine::Quarantine;
 use crate::record::Records;
-use crate::report::{Health, Memory, Stats};
+use crate::report::{Memory, Stats};
 use crate::request::{RequestId, RequestState, Step, Stop, Wait};
 use crate::table::Table;
 use crate::write::NewTable;
@@ -193,8 +193,12 @@ impl Engine {
     pub(crate) fn begin_open(&mut self) {
         if planted::is(Bug::OpenWithoutSync) {
             (self.life, self.epochs) = (Life::Serving, Epochs::new(false));
-        } else if self.options.read_only {
-        } else if self.header.rewrite {
+            return;
+        }
+        if self.options.read_only {
+            return;
+        }
+        if self.header.rewrite {
             let len = self.options.alignment as usize;
             let id = self.emit_meta_write(Owner::FirstHeader, 0, len);
             let bytes = self.header.first_bytes(len);
@@ -288,17 +292,6 @@ impl Engine {
         self.run();
     }
 
-    // ---- commands ----
-
-    /// No requests will follow: what is under way ends, everything becomes durable, the unused end
-    /// of the file is given back. Pump until [`is_closed`](Engine::is_closed).
-    pub fn close(&mut self) {
-        if matches!(self.life, Life::Opening | Life::Adopting | Life::Serving) {
-            self.life = Life::Closing { truncated: false };
-        }
-        self.run();
-    }
-
     // ---- actions ----
 
     /// The next operation for `queue` to carry out. None while there are records to be taken.
@@ -353,18 +346,6 @@ impl Engine {
     #[must_use]
     pub fn is_ready(&self) -> bool {
         matches!(self.life, Life::Serving)
-    }
-
-    /// Has [`close`](Engine::close) come to its end? If it ended in failure, `health` says so.
-    #[must_use]
-    pub fn is_closed(&self) -> bool {
-        matches!(self.life, Life::Closed)
-    }
-
-    /// Whether the image still takes writes.
-    #[must_use]
-    pub fn health(&self) -> Health {
-        self.failed.map_or(Health::Good, Health::Failed)
     }
 
     /// Counters.
@@ -443,7 +424,7 @@ impl Engine {
     // ---- the loop ----
 
     /// Works off what can go on.
-    fn run(&mut self) {
+    pub(crate) fn run(&mut self) {
         loop {
             // First, so that readers don't take the staging that it needs again and again.
             self.end_writing();

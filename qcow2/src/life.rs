@@ -5,6 +5,7 @@ use crate::error::{Failure, FailureKind, IoErrorKind};
 use crate::op::OpKind;
 use crate::optable::Owner;
 use crate::planted::{self, Bug};
+use crate::report::Health;
 
 /// Incidents that are kept for the server's log; more are counted only.
 pub(crate) const MAX_INCIDENTS: usize = 16;
@@ -34,6 +35,27 @@ pub(crate) enum Mark {
 }
 
 impl Engine {
+    /// No requests will follow: what is under way ends, everything becomes durable, the unused end
+    /// of the file is given back. Pump until [`is_closed`](Engine::is_closed).
+    pub fn close(&mut self) {
+        if matches!(self.life, Life::Opening | Life::Adopting | Life::Serving) {
+            self.life = Life::Closing { truncated: false };
+        }
+        self.run();
+    }
+
+    /// Has [`close`](Engine::close) come to its end? If it ended in failure, `health` says so.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        matches!(self.life, Life::Closed)
+    }
+
+    /// Whether the image still takes writes.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.failed.map_or(Health::Good, Health::Failed)
+    }
+
     /// Tells the operator.
     pub(crate) fn incident(&mut self, kind: FailureKind, offset: u64) {
         if self.incidents.len() < MAX_INCIDENTS {

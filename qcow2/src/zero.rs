@@ -100,13 +100,12 @@ impl Engine {
             let piece = self.next_piece(id)?;
             let start = offset + u64::from(piece.at);
             let to_end = start + u64::from(piece.bytes) == self.virtual_size();
-            let bits = self.geometry().cluster_bits();
-            let mut whole = u64::from(piece.bytes) >> bits;
-            if piece.within == 0 && to_end {
+            let whole = match piece.within == 0 && to_end {
                 // The last cluster may reach over the end of the virtual disk.
-                whole = piece.clusters;
-            }
-            if piece.within == 0 && whole != 0 {
+                true => piece.clusters,
+                false => self.whole_clusters(piece),
+            };
+            if whole != 0 {
                 self.zero_clusters(id, self.cut(piece, whole), how)?;
             } else {
                 self.zero_part(id, self.cut(piece, 1), how)?;
