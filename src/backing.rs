@@ -144,7 +144,7 @@ fn shown(name: &[u8]) -> String {
 }
 
 /// A name as the shell wants it.
-fn quoted(name: &OsStr) -> String {
+pub fn quoted(name: &OsStr) -> String {
     let text = name.to_string_lossy();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+,:@%=".contains(c);
     match text.chars().all(plain) && !text.is_empty() {

@@ -267,6 +267,6 @@ impl Outcome {
 }
 
 /// A number with its noun.
-fn counted(count: u64, noun: &str) -> String {
+pub fn counted(count: u64, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }

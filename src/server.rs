@@ -41,16 +41,17 @@ pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
 
     reporter.stage("opening the image")?;
     let wanted = wanted(args);
-    let mut opened = open::open(&wanted)?;
-    let mut control = Control::open()?;
-    if !args.read_only {
-        // It can be served, and there is somebody to serve it: only now is anything written. What
-        // was opened has to go first, for it knows the tables as they were.
-        drop(opened);
+    let (opened, mut control) = if args.read_only {
+        (open::open(&wanted)?, Control::open()?)
+    } else {
+        open::look(&wanted)?;
+        let control = Control::open()?;
+        // It can be served, and there is somebody to serve it: only now is anything written.
         let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
-        opened = open::open(&wanted)?;
+        let mut opened = open::open(&wanted)?;
         opened.notes.extend(mended);
-    }
+        (opened, control)
+    };
     // The tables were read into memory that is free again, of their size.
     sys::trim_memory();
     flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;

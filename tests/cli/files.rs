@@ -259,6 +259,48 @@ fn a_corrupt_image_is_served_for_reading_and_a_dirty_one_is_mended() {
 }
 
 #[test]
+fn an_image_whose_first_write_could_destroy_data_is_served_for_reading_only() {
+    let folder = Folder::new();
+    // The refcount of the L1 table is 0, so that an allocation would take its place.
+    let mut bytes = image();
+    put(&mut bytes, 2 * 65536 + 2 * 3, 0, 2);
+    let path = folder.file("not sound.qcow2", &bytes);
+    let output = run(&["add", "-f", path.to_str().unwrap()]);
+    assert_eq!(folder.contents(), [(path.clone(), bytes)]);
+    let error = failure(&output);
+    let next = format!("'ublk-qcow2 check -f '{}' --repair all'", path.display());
+    for part in ["1 corruption,", "fewer refcounts", "at 0x30000", &next, "--read-only"] {
+        assert!(error.contains(part), "{part:?} is missing in: {error}");
+    }
+    folder.served(&path, &["--read-only"]);
+    // The next step is one.
+    let output = run(&["check", "-f", path.to_str().unwrap(), "--repair", "all"]);
+    assert_eq!(output.status.code(), Some(0));
+    folder.served(&path, &[]);
+}
+
+#[test]
+fn leaks_and_what_only_cannot_be_read_are_no_reason_to_refuse_an_image() {
+    let folder = Folder::new();
+    let mut bytes = image();
+    bytes.resize(6 << 16, 0);
+    for cluster in 4..6 {
+        put(&mut bytes, 2 * 65536 + 2 * cluster, 1, 2);
+    }
+    let path = folder.file("leaks.qcow2", &bytes);
+    let output = run(&["check", "-f", path.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(3), "leaks, and nothing worse");
+    folder.served(&path, &[]);
+    // An L2 table, whose first entry has a reserved bit.
+    put(&mut bytes, 3 << 16, 1 << 63 | 4 << 16, 8);
+    put(&mut bytes, 4 << 16, 1 << 57, 8);
+    let path = folder.file("reserved.qcow2", &bytes);
+    let output = run(&["check", "-f", path.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(2), "a corruption");
+    folder.served(&path, &[]);
+}
+
+#[test]
 fn locks_are_on_every_file() {
     let folder = Folder::new();
     let base = folder.file("base.raw", &[0; 512]);
