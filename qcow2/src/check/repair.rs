@@ -33,7 +33,8 @@
 //!    more, dirty as soon as the refcounts hold.
 //!
 //! New refcounts lie behind the end of the file, unless an entry leads there that must not come
-//! true; then in clusters of the file that have neither a reference nor a refcount.
+//! true, or the file cannot grow; then in clusters of the file that have neither a reference nor a
+//! refcount.
 //!
 //! # What is refused
 //!

@@ -42,8 +42,16 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
         self.head = head;
         walked?;
         let plan = match self.at_the_end() {
+            Ok(plan) => match self.grow(&plan) {
+                Ok(()) => Ok(plan),
+                // A block device, say.
+                Err(full) => match self.inside(&taken) {
+                    Err(Left::NoRoom) => return Err(full),
+                    plan => plan,
+                },
+            },
             Err(Left::NoRoom) => self.inside(&taken),
-            plan => plan,
+            left => left,
         };
         match plan {
             Ok(plan) => self.carry_out(&plan).map(|()| None),
@@ -124,12 +132,14 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
         Ok(bytes >> self.head.cluster_bits)
     }
 
+    /// Makes the file as long as a plan for its end wants it.
+    fn grow(&mut self, plan: &Plan) -> Result<(), RepairError> {
+        let len = plan.clusters << self.head.cluster_bits;
+        self.file.set_len(len).map_err(|_| RepairError::Grow(len))
+    }
+
     fn carry_out(&mut self, plan: &Plan) -> Result<(), RepairError> {
         let bits = self.head.cluster_bits;
-        let len = plan.clusters << bits;
-        if len > self.file.len() && plan.clusters > self.state().host_clusters {
-            self.file.set_len(len).map_err(|_| RepairError::Grow(len))?;
-        }
         let total = plan.blocks.len() as u64;
         for (nth, &(number, place)) in (0..).zip(&plan.blocks) {
             self.write_block(plan, number, place << bits)?;
