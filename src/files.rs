@@ -1,10 +1,11 @@
 //! The files of an image: the image itself, its external data file, and those beneath it; what they
 //! are stored in, and reading and writing them while nothing is served yet.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -52,6 +53,13 @@ impl FileKind {
     pub fn is_device(self) -> bool {
         matches!(self, Self::BlockDevice { .. })
     }
+}
+
+/// Opens a file for reading, and for writing if wanted. A pipe or a terminal does not hold this up.
+pub fn open_plain(path: &Path, write: bool) -> io::Result<File> {
+    // The standard library sets O_CLOEXEC.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
 }
 
 /// One open file. Its locks are released when the last copy is dropped.

@@ -102,7 +102,7 @@ fn open_for(wanted: &Wanted, purpose: Purpose) -> Result<Opened> {
     let mut known = vec![file.identity()?];
     known.extend(data.as_ref().map(Source::identity).transpose()?);
     let allow = &wanted.allow_backing;
-    let beneath = backing::chain(&wanted.path, known, &header, allow, wanted.lock)?;
+    let beneath = backing::chain(&wanted.path, file.kind, known, &header, allow, wanted.lock)?;
     notes.extend(beneath.notes);
 
     let (version, bitmaps, table) = (header.version(), header.bitmaps(), header.snapshots());

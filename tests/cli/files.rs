@@ -187,7 +187,7 @@ fn what_is_no_regular_file_is_refused() {
     let error = folder.refusal(&path, &["--allow-backing", "/dev"]);
     assert!(error.contains("not a regular file"), "{error}");
     let error = folder.refusal(&path, &["--allow-backing", "/dev/zero"]);
-    assert!(error.contains("character device"), "{error}");
+    assert!(error.contains("nor a block device"), "{error}");
     // A file that is said to be an image and is none.
     folder.file("text", b"hello");
     let path = folder.file("top.qcow2", &over("text", Some("qcow2")));
