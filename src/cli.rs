@@ -207,6 +207,10 @@ pub struct CheckArgs {
     #[arg(long, value_name = "WHAT")]
     pub repair: Option<RepairKind>,
 
+    /// QEMU's image locks. Without them, make sure that nothing else uses the image.
+    #[arg(long, value_enum, default_value_t)]
+    pub lock: lock::Policy,
+
     /// How to print the result.
     #[arg(long, value_name = "FORMAT", default_value = "human")]
     pub output: Output,

@@ -11,6 +11,7 @@ use qcow2::check::repair::{RepairIo, WriteError};
 use qcow2::check::{ReadAt, ReadError};
 
 use crate::files::FileKind;
+use crate::lock;
 
 /// An open image.
 pub struct ImageFile {
@@ -45,6 +46,15 @@ impl ImageFile {
         let kind = FileKind::of(&file)?;
         let len = kind.len(&file).context("cannot get the length of the file")?;
         Ok(Self { file, kind, len, failure: RefCell::new(None) })
+    }
+
+    /// Takes the locks of a reader or a writer, and looks again how long the file is: until then
+    /// somebody else may have changed that. A note says where there are no locks.
+    pub fn lock(&mut self, read_only: bool, policy: lock::Policy) -> Result<Option<String>> {
+        let note = lock::take(&self.file, read_only, policy)?;
+        self.kind = FileKind::of(&self.file)?;
+        self.len = self.kind.len(&self.file).context("cannot get the length of the file")?;
+        Ok(note)
     }
 
     /// An error of the library, with what the operating system said of it, if anything.
@@ -118,5 +128,21 @@ impl RepairIo for ImageFile {
         }
         self.len = len.max(self.len);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_length_is_the_one_under_the_lock() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1000).unwrap();
+        let mut image = ImageFile::open(file.path(), true).unwrap();
+        // Somebody who still has the image writes to it, and goes.
+        file.as_file().set_len(5000).unwrap();
+        assert_eq!(image.lock(false, lock::Policy::On).unwrap(), None);
+        assert_eq!(image.len(), 5000);
     }
 }
