@@ -156,7 +156,7 @@ pub enum Discard {
     Unmap,
     /// Keeps the host space, so that later writes need no new one.
     Keep,
-    /// Nothing: what was discarded still reads as before.
+    /// Nothing: the device has no discards.
     Ignore,
 }
 

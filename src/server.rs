@@ -65,6 +65,7 @@ pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
             block: args.block_size,
             cluster_bits: opened.cluster_bits,
             read_only: args.read_only,
+            discard: args.discard != Discard::Ignore,
         },
     )?;
     let state = describe(args, &opened, &device);
