@@ -29,6 +29,8 @@ pub(crate) const REFCOUNT_TABLE_FIELD: usize = 48;
 const MAX_L1_BYTES: u64 = 32 << 20;
 /// The refcount table is at most so long (as in QEMU), in bytes.
 pub(crate) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+/// So many snapshots at the most (as in QEMU).
+const MAX_SNAPSHOTS: u32 = 65536;
 
 /// A piece of the file, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -232,8 +234,8 @@ impl Header {
         if entries == 0 {
             return Ok(None);
         }
-        if entries > 0xffff {
-            return Err(bounds("nb_snapshots", entries, "at most 65535"));
+        if entries > MAX_SNAPSHOTS {
+            return Err(bounds("nb_snapshots", entries, "at most 65536"));
         }
         let field = "header field snapshots_offset";
         table("snapshot table", field, offset, u64::from(entries) * 40, geometry, file_len)?;
