@@ -20,7 +20,7 @@
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
@@ -30,7 +30,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use qcow2::{Backing, Header, Layer};
 
-use crate::files::{FileKind, Source, open_plain};
+use crate::files::{FileKind, Source, reopen};
 use crate::lock;
 
 /// Files beneath an image, at the most.
@@ -315,7 +315,7 @@ impl Place {
             }
             let found = OpenOptions::new().read(true).custom_flags(flags.bits()).open(name);
             return match found {
-                Ok(found) => reopen(&found, |kind| kind.is_file() || kind.is_block_device()),
+                Ok(found) => open_if(&found, |kind| kind.is_file() || kind.is_block_device()),
                 Err(error) => Found::Failed(errno_of(&error)),
             };
         };
@@ -325,7 +325,7 @@ impl Place {
         let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS | more;
         let how = OpenHow::new().flags(flags).resolve(resolve);
         match openat2(folder.as_fd(), rest.as_c_str(), how) {
-            Ok(found) => reopen(&File::from(found), FileType::is_file),
+            Ok(found) => open_if(&File::from(found), FileType::is_file),
             Err(Errno::EXDEV) => Found::Escapes,
             Err(errno) => Found::Failed(errno),
         }
@@ -333,14 +333,13 @@ impl Place {
 }
 
 /// Opens what `found` names, for reading, if it is of the right kind.
-fn reopen(found: &File, right: impl Fn(&FileType) -> bool) -> Found {
+fn open_if(found: &File, right: impl Fn(&FileType) -> bool) -> Found {
     match found.metadata() {
         Ok(data) if right(&data.file_type()) => {}
         Ok(_) => return Found::Failed(NOT_A_FILE),
         Err(error) => return Found::Failed(errno_of(&error)),
     }
-    let path = format!("/proc/self/fd/{}", found.as_raw_fd());
-    match open_plain(Path::new(&path), false) {
+    match reopen(found, false) {
         Ok(file) => Found::File(file),
         Err(error) => Found::Failed(errno_of(&error)),
     }

@@ -1,16 +1,16 @@
 //! An image as `check` and `info` see it: a file that is read, or repaired, at any place.
 
 use std::cell::RefCell;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use qcow2::check::repair::{RepairIo, WriteError};
 use qcow2::check::{ReadAt, ReadError};
 
-use crate::files::FileKind;
+use crate::files::{FileKind, open_image};
 use crate::lock;
 
 /// An open image.
@@ -25,20 +25,7 @@ pub struct ImageFile {
 impl ImageFile {
     /// Opens an image; a pipe or a terminal does not hold this up. Errors do not name the image.
     pub fn open(path: &Path, write: bool) -> Result<Self> {
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        let file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);
-        let file = file.map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOENT) => anyhow!("no such file"),
-            Some(libc::EISDIR) => anyhow!("is a directory; give a qcow2 image file"),
-            Some(libc::EACCES | libc::EPERM) if write => {
-                anyhow!("permission denied; run as a user that may read and write it")
-            }
-            Some(libc::EACCES | libc::EPERM) => {
-                anyhow!("permission denied; run as a user that may read it")
-            }
-            _ => anyhow!("cannot be opened{}: {error}", if write { " for writing" } else { "" }),
-        })?;
-        Self::over(file)
+        Self::over(open_image(path, write, "'check' without --repair only reads it")?)
     }
 
     /// The same of a file that is open.

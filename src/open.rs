@@ -10,16 +10,14 @@
 //! Whether the image lies on a device of our own needs no check: its device does not exist yet.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use nix::fcntl::OFlag;
 use qcow2::{Engine, Header, Image, Options};
 
 pub use crate::direct::Mode;
-use crate::files::{Files, Source};
+use crate::files::{Files, Source, open_image};
 use crate::{backing, bitmaps, direct, lock, recover, snapshots};
 
 /// What to open, and how.
@@ -153,7 +151,8 @@ pub fn mend(wanted: &Wanted, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result
 /// Opens and locks a file that is written to if the image is.
 fn open_source(path: &Path, wanted: &Wanted, notes: &mut Vec<String>) -> Result<Source> {
     let read_only = wanted.options.read_only;
-    let mut source = Source::new(open_file(path, read_only)?, read_only)?;
+    let file = open_image(path, !read_only, "--read-only serves it for reading")?;
+    let mut source = Source::new(file, read_only)?;
     // Opened so that a pipe or a terminal could not hold us up; that is settled now.
     direct::clear_flag(&source.file, OFlag::O_NONBLOCK)?;
     notes.extend(lock::take(&source.file, read_only, wanted.lock)?);
@@ -195,29 +194,10 @@ fn open_data_file(
     Ok(Some(source))
 }
 
-fn open_file(path: &Path, read_only: bool) -> Result<File> {
-    let open = |write: bool| {
-        // The standard library sets O_CLOEXEC.
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
-    };
-    open(!read_only).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOENT) => anyhow!("no such file"),
-        Some(libc::EISDIR) => anyhow!("is a directory; give a qcow2 image file"),
-        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only && open(false).is_ok() => {
-            anyhow!("cannot be opened for writing ({error}); --read-only serves it for reading")
-        }
-        Some(libc::EACCES | libc::EPERM) => {
-            anyhow!("permission denied; run as a user that may read and write it")
-        }
-        _ => anyhow!("cannot be opened: {error}"),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
+    use std::fs::{self, File};
 
     fn wanted(path: &Path, read_only: bool) -> Wanted {
         Wanted {

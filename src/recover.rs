@@ -11,8 +11,7 @@
 //! All of it is done by the code of `check --repair`, with the page cache, on a descriptor of its
 //! own: the image's locks are held, and nothing serves it yet.
 
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
+use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -21,6 +20,7 @@ use qcow2::check::{Limits, Report, check_within};
 
 use crate::backing::quoted;
 use crate::check::counted;
+use crate::files::reopen;
 use crate::image_file::ImageFile;
 
 /// Leaks and errors are looked for where it takes no more than this. To be read: the L2 tables of
@@ -107,9 +107,7 @@ pub fn reclaim(file: &File, path: &Path, cluster_size: u64) -> Result<Option<Str
     }
 }
 
-/// The same file, without the flags and the position of `file`.
+/// The image once more, through the page cache.
 fn open_again(file: &File, write: bool) -> Result<ImageFile> {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let again = OpenOptions::new().read(true).write(write).open(path);
-    ImageFile::over(again.context("opening it once more")?)
+    ImageFile::over(reopen(file, write).context("opening it once more")?)
 }
