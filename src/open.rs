@@ -84,8 +84,7 @@ fn open_for(wanted: &Wanted, purpose: Purpose) -> Result<Opened> {
     let len = file.len().context("cannot get the length of the file")?;
     let header = read_header(&file, len, read_only, purpose)?;
     let geometry = header.geometry();
-    let (cluster, extended_l2) = (geometry.cluster_size(), geometry.has_extended_l2());
-    notes.extend(direct::fit(&mut file, wanted.mode, cluster, extended_l2)?);
+    notes.extend(direct::fit(&mut file, wanted.mode, geometry)?);
     let header = match &wanted.snapshot {
         Some(snapshot) => {
             let snapshot = snapshots::find(&file, header.snapshots(), snapshot)?;
@@ -183,9 +182,7 @@ fn open_data_file(
     let about = || format!("the data file {}", path.display());
     let mut own = Vec::new();
     let mut source = open_source(path, wanted, &mut own).with_context(about)?;
-    let (cluster, extended_l2) =
-        (header.geometry().cluster_size(), header.geometry().has_extended_l2());
-    let note = direct::fit(&mut source, wanted.mode, cluster, extended_l2);
+    let note = direct::fit(&mut source, wanted.mode, header.geometry());
     own.extend(note.with_context(about)?);
     if source.identity()? == image.identity()? {
         bail!("{} is the image itself", about());
