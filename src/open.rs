@@ -127,11 +127,9 @@ fn read_header(file: &Source, len: u64, read_only: bool, purpose: Purpose) -> Re
     let first = file.up_to(512).context("reading the header")?;
     let bytes = file.up_to(Header::needed(&first)?).context("reading the header")?;
     let header = Header::parse(&bytes, len, true)?;
-    if purpose == Purpose::Look && header.is_dirty() && !header.is_corrupt() {
-        // For writing it is mended first. Later it is not dirty, or somebody else had it meanwhile.
-        return Ok(header);
-    }
-    Ok(Header::parse(&bytes, len, read_only)?)
+    // What is dirty is mended first. Later it is not dirty, or somebody else had it meanwhile.
+    let mended = purpose == Purpose::Look && header.is_dirty() && !header.is_corrupt();
+    if read_only || mended { Ok(header) } else { Ok(header.for_writing()?) }
 }
 
 /// Before an image is written to: mends what an earlier crash has left in it, and says what that
