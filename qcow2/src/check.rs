@@ -405,7 +405,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
 
     /// Compares refcounts with references.
     fn compare(&mut self) {
-        let largest = self.largest_refcount();
+        let largest = self.head.largest_refcount();
         let mut last = 0;
         for nth in 0..self.state.used_slots {
             let slot = self.state.slots[nth];
