@@ -297,8 +297,8 @@ impl Allowed {
             _ => "give it a name without '..' in the middle with 'qemu-img rebase -u'".to_string(),
         };
         anyhow!(
-            "the backing file {shown} {}; it is not opened, since an image may name any file of this \
-             host; {next}",
+            "the backing file {shown} {}; it is not opened, since an image may name any file of \
+             this host; {next}",
             self.elsewhere
         )
     }
@@ -362,8 +362,8 @@ fn cannot_open(errno: Errno, shown: &str) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::thread;
     use std::time::Duration;
+    use std::{slice, thread};
 
     #[test]
     fn names_are_relative_to_the_folder_and_have_no_prefixes() {
@@ -390,7 +390,7 @@ mod tests {
         });
         thread::sleep(Duration::from_millis(50));
         let image = real.join("image");
-        for allow in [&[][..], &[pipe.clone()]] {
+        for allow in [&[][..], slice::from_ref(&pipe)] {
             let allowed = Allowed::new(&real, &image, FileKind::Regular, allow).unwrap();
             let error = allowed.open(&pipe, "\"pipe\"").unwrap_err();
             assert!(error.to_string().contains("is not a regular file"), "{error}");
@@ -415,7 +415,7 @@ mod tests {
         let error = open(device, &[]).unwrap_err().to_string();
         let next = format!("--allow-backing {} allows it", real.display());
         assert!(error.contains("a device") && error.contains(&next), "{error}");
-        open(device, &[real.clone()]).unwrap();
+        open(device, slice::from_ref(&real)).unwrap();
     }
 
     #[test]
