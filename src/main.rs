@@ -35,6 +35,7 @@ mod files;
 mod image_file;
 mod inflate;
 mod info;
+mod isolate;
 mod journal;
 mod link;
 mod list;

@@ -24,6 +24,7 @@ use crate::device::{self, Device};
 use crate::driver::Common;
 use crate::fence::Fence;
 use crate::files::Files;
+use crate::isolate;
 use crate::journal::{self, Journal};
 use crate::link::{self, Event, MainEnd};
 use crate::open::{self, Mode, Opened};
@@ -62,6 +63,8 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
     // The tables were read into memory that is free again, of their size.
     sys::trim_memory();
     flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
+    isolate::avoid_oom_killer()?;
+    isolate::lock_memory()?;
     let wanted = device::Wanted {
         id: args.number,
         queues: args.queues,
@@ -104,7 +107,10 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         stays: before.is_some(),
         _files: opened.files.clone(),
     };
-    let result = server.run(opened, reporter);
+    // Nothing outside the folder of states and /dev is opened from here on.
+    let result = isolate::leave_mounts()
+        .context("making a mount namespace of its own")
+        .and_then(|()| server.run(opened, reporter));
     server.leave(&result);
     result
 }

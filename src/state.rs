@@ -21,7 +21,8 @@ use crate::cli::AddArgs;
 use crate::device;
 use crate::ublk::DevInfo;
 
-const FOLDER: &str = "/run/ublk-qcow2";
+/// The folder.
+pub const FOLDER: &str = "/run/ublk-qcow2";
 
 /// How long `list` waits for a daemon's figures.
 const CLIENT_LIMIT: Duration = Duration::from_secs(1);
