@@ -119,9 +119,15 @@ pub struct AddArgs {
     #[arg(long, value_enum, default_value_t)]
     pub lock: lock::Policy,
 
-    /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device.
+    /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device. For a service manager
+    /// too: it is told over NOTIFY_SOCKET when the device is usable.
     #[arg(long)]
     pub foreground: bool,
+
+    /// Let udev and systemd look at what is on the disk, and act on it: file systems, volume
+    /// groups, arrays. The udev rules of the package keep them from it otherwise.
+    #[arg(long)]
+    pub trust_content: bool,
 
     /// Logical block size of the device in bytes: 512 or 4096.
     #[arg(long, value_name = "BYTES", default_value_t = 512, value_parser = block_size)]

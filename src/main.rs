@@ -5,9 +5,9 @@
 //!
 //! ```text
 //!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock, direct    main thread: start, signals, stop
-//!                ├─ del               │   └─ recover, backing, snapshots, bitmaps
-//!                ├─ list              ├─ device ── control       ublk's control commands
-//!                └─ check, info       ├─ state                   what `list` and `del` read
+//!                │   └─ notify        │   └─ recover, backing, snapshots, bitmaps
+//!                ├─ del, list         ├─ device ── control       ublk's control commands
+//!                └─ check, info       ├─ state                   what `list`, `del`, udev read
 //!                    image_file       └─ link ── queue ── driver the queue thread: all I/O
 //!                                         ring, buffer ┘ ├─ files
 //!                                                        └─ pool ── inflate  worker threads
@@ -35,6 +35,7 @@ mod info;
 mod link;
 mod list;
 mod lock;
+mod notify;
 mod open;
 mod pool;
 mod queue;

@@ -122,6 +122,7 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> State {
         read_only: args.read_only,
         direct: opened.direct,
         block_size: args.block_size,
+        trusted: args.trust_content,
         data_path: "copy".to_string(),
         close_error: None,
     }
@@ -148,6 +149,8 @@ impl Server {
         reporter.stage("waiting for the image's first fdatasync")?;
         self.wait_ready()?;
         reporter.stage("starting the ublk device")?;
+        // Before the disk is there, and with it udev's first look at it.
+        self.state.tell_udev()?;
         let started = self.device.start(&mut self.control);
         let path = match (started, self.event()) {
             (_, Some(Event::Ended(Err(text)))) => bail!("the queue ended: {text}"),
@@ -164,7 +167,7 @@ impl Server {
             self.stop()?;
             return ready;
         }
-        self.until_end(&listener)
+        self.until_end(&listener, reporter)
     }
 
     fn start_queue(&mut self, opened: Opened) -> Result<()> {
@@ -209,7 +212,7 @@ impl Server {
     }
 
     /// Serves `list` until a signal comes or the device was stopped from elsewhere.
-    fn until_end(&mut self, listener: &UnixListener) -> Result<()> {
+    fn until_end(&mut self, listener: &UnixListener, reporter: &mut Reporter) -> Result<()> {
         loop {
             let main = self.main.as_ref().context("the queue thread runs")?;
             let mut set = [
@@ -222,10 +225,12 @@ impl Server {
                 Err(error) => return Err(error).context("poll"),
             }
             if let Some(Event::Ended(result)) = main.event() {
+                reporter.stopping();
                 return result.map_err(|text| anyhow!(text));
             }
             state::answer(listener, || figures(main));
             if self.signals.came() {
+                reporter.stopping();
                 return self.stop();
             }
         }

@@ -3,7 +3,8 @@
 //! `N.json` describes the daemon of device N. It is written when the device is there, rewritten if
 //! closing the image fails, and removed after a clean close. So after a daemon has ended: no file
 //! means all is well, a file with `close_error` says what failed, and a file without it means that
-//! the daemon died. `N.sock` gives live figures as JSON, one object per connection.
+//! the daemon died. `N.sock` gives live figures as JSON, one object per connection. `N.trusted` or
+//! `N.untrusted`, which is empty, is for the udev rules (`src/dist/`).
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read, Write};
@@ -37,6 +38,9 @@ pub struct State {
     pub read_only: bool,
     pub direct: bool,
     pub block_size: u32,
+    /// Whether udev may act on what is on the disk.
+    #[serde(default)]
+    pub trusted: bool,
     /// How payload travels between kernel and daemon.
     pub data_path: String,
     /// Why closing the image failed.
@@ -49,6 +53,10 @@ fn file_path(id: u32) -> PathBuf {
 
 fn socket_path(id: u32) -> PathBuf {
     Path::new(FOLDER).join(format!("{id}.sock"))
+}
+
+fn mark_path(id: u32, trusted: bool) -> PathBuf {
+    Path::new(FOLDER).join(format!("{id}.{}", if trusted { "trusted" } else { "untrusted" }))
 }
 
 /// Makes the folder, for root alone.
@@ -85,11 +93,26 @@ impl State {
             .with_context(|| format!("writing {}", path.display()))
     }
 
+    /// Says to the udev rules that the device is ours, and what they shall do with it.
+    pub fn tell_udev(&self) -> Result<()> {
+        make_folder()?;
+        let (path, other) = (mark_path(self.id, self.trusted), mark_path(self.id, !self.trusted));
+        // An earlier server of this number may have died.
+        match fs::remove_file(&other) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+        .with_context(|| format!("removing {}", other.display()))?;
+        fs::write(&path, []).with_context(|| format!("making {}", path.display()))
+    }
+
     /// Removes what is recorded for a device.
     pub fn remove(id: u32) {
         // Missing is as good as removed, and nothing depends on the rest.
         let _ = fs::remove_file(file_path(id));
         let _ = fs::remove_file(socket_path(id));
+        let _ = fs::remove_file(mark_path(id, true));
+        let _ = fs::remove_file(mark_path(id, false));
     }
 }
 
