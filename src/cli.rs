@@ -70,6 +70,9 @@ fields of `qemu-img info --output=json`, and \"features\" and \"stale-bitmaps\" 
     Info(InfoArgs),
     /// Show what the kernel's ublk driver can do, and what of it is used.
     Features,
+    /// Print what a package has besides the program.
+    #[command(hide = true)]
+    Dist(DistArgs),
 }
 
 /// `add`
@@ -242,6 +245,22 @@ pub struct InfoArgs {
     /// How to print it.
     #[arg(long, value_name = "FORMAT", default_value = "human")]
     pub output: Output,
+}
+
+/// `dist`
+#[derive(Args, Debug)]
+pub struct DistArgs {
+    #[command(subcommand)]
+    pub what: DistWhat,
+}
+
+/// What to print.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum DistWhat {
+    /// Completions of this command line for a shell.
+    Completions { shell: clap_complete::Shell },
+    /// The manual page.
+    Man,
 }
 
 fn block_size(text: &str) -> Result<u32, String> {

@@ -7,7 +7,7 @@
 //!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock, direct    main thread: start, signals, stop
 //!                │   └─ notify        │   └─ recover, backing, snapshots, bitmaps
 //!                ├─ del, list         ├─ device ── control       ublk's control commands
-//!                └─ check, info       ├─ state                   what `list`, `del`, udev read
+//!                └─ check, info, dist ├─ state                   what `list`, `del`, udev read
 //!                    image_file       └─ link ── queue ── driver the queue thread: all I/O
 //!                                         ring, buffer ┘ ├─ files
 //!                                                        └─ pool ── inflate  worker threads
@@ -26,6 +26,7 @@ mod daemon;
 mod del;
 mod device;
 mod direct;
+mod dist;
 mod driver;
 mod errno;
 mod files;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         Command::Del(args) => ("".into(), del::run(args).map(|()| 0)),
         Command::List(args) => ("".into(), list::run(args).map(|()| 0)),
         Command::Features => ("".into(), list::features().map(|()| 0)),
+        Command::Dist(args) => ("".into(), dist::run(args).map(|()| 0)),
         Command::Check(args) => (args.file.to_string_lossy(), check::run(args)),
         Command::Info(args) => (args.file.to_string_lossy(), info::run(args).map(|()| 0)),
     };
