@@ -17,6 +17,9 @@ pub fn run(args: &DistArgs) -> Result<()> {
     match args.what {
         DistWhat::Completions { shell } => {
             clap_complete::generate(shell, &mut shown(), "ublk-qcow2", &mut text);
+            // For bash the dash of the name becomes one thing where a command is recognized, and
+            // another where its options are listed; both must be the same.
+            text = String::from_utf8(text)?.replace("ublk__subcmd__qcow2", "ublk__qcow2").into();
         }
         DistWhat::Man => man(&mut text).context("making the manual page")?,
     }
