@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::lock;
+use crate::payload::DataPath;
 
 /// Serves a qcow2 image as a block device /dev/ublkbN.
 #[derive(Debug, Parser)]
@@ -87,12 +88,17 @@ pub struct AddArgs {
           value_parser = clap::value_parser!(u32).range(0..1 << 20))]
     pub number: Option<u32>,
 
-    /// Number of queues.
-    #[arg(short = 'q', long = "queues", value_name = "N", default_value_t = 1)]
+    /// Number of queues, each with a thread of its own; at most as many as there are CPUs.
+    #[arg(short = 'q', long = "queues", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=64))]
     pub queues: u16,
 
-    /// Requests per queue that can be under way at the same time; each has a buffer of 512 KiB of
-    /// address space.
+    /// How the bytes of requests travel; the best that the kernel has if left out.
+    #[arg(long, value_name = "PATH", value_enum)]
+    pub data_path: Option<DataPath>,
+
+    /// Requests per queue that can be under way at the same time; without zero copy, each has a
+    /// buffer of 512 KiB of address space.
     #[arg(short = 'd', long = "depth", value_name = "DEPTH", default_value_t = 128,
           value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub depth: u16,

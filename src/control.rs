@@ -102,6 +102,19 @@ impl Control {
         self.exchange(ublk::GET_PARAMS, id, Params { len, ..Params::default() })
     }
 
+    /// The CPUs whose requests go to a queue.
+    pub fn affinity(&mut self, id: u32, queue: u16) -> Result<Vec<usize>, ControlError> {
+        const BYTES: usize = 1024;
+        let len = u16::try_from(BYTES).unwrap_or(0);
+        self.scratch.zero(0, BYTES);
+        self.send(ublk::GET_QUEUE_AFFINITY, id, queue.into(), len, LIMIT)?;
+        let mut mask = [0u8; BYTES];
+        self.scratch.copy_out(0, &mut mask);
+        // Words in the machine's order: on those with the lowest byte first, bytes count up.
+        let set = |cpu: &usize| mask[cpu / 8] >> (cpu % 8) & 1 != 0;
+        Ok((0..BYTES * 8).filter(set).collect())
+    }
+
     /// Makes the block device. Every tag has to be fetched, or about to be.
     pub fn start(&mut self, id: u32, pid: u32) -> Result<(), ControlError> {
         self.plain(ublk::START_DEV, id, u64::from(pid), LIMIT)

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::control::Control;
+use crate::payload::DataPath;
 use crate::ublk::{self, DevInfo, ParamBasic, ParamDiscard, Params};
 
 /// Bytes of the largest request. A buffer of this size exists for each tag.
@@ -22,7 +23,13 @@ const NODE_LIMIT: Duration = Duration::from_secs(10);
 pub struct Wanted {
     /// The number in `/dev/ublkbN`; `None`: the first free one.
     pub id: Option<u32>,
+    /// How many queues there are to be; the driver makes no more than there are CPUs.
+    pub queues: u16,
     pub depth: u16,
+    /// The data path, unless the best is to be taken.
+    pub path: Option<DataPath>,
+    /// What the memory of requests has to be aligned to, where their pages go down.
+    pub memory_alignment: u32,
     /// Bytes of the virtual disk.
     pub size: u64,
     /// Bytes of a logical block: 512 or 4096.
@@ -36,6 +43,7 @@ pub struct Wanted {
 #[derive(Clone, Copy, Debug)]
 pub struct Device {
     pub info: DevInfo,
+    pub path: DataPath,
     wanted: Wanted,
 }
 
@@ -76,29 +84,37 @@ impl Device {
             );
         }
         let features = control.features()?;
+        let path = choose(features, wanted.path)?;
         let asked = DevInfo {
-            nr_hw_queues: 1,
+            nr_hw_queues: wanted.queues,
             queue_depth: wanted.depth,
             max_io_buf_bytes: MAX_REQUEST,
             dev_id: wanted.id.unwrap_or(u32::MAX),
-            flags: ublk::F_WANTED & features,
+            flags: ublk::F_WANTED & features | path.flags(),
             ublksrv_flags: mark(std::process::id()),
             ..DevInfo::default()
         };
         let info =
             control.add(&asked).map_err(|error| explain(error.errno, error.into(), wanted.id))?;
-        let device = Self { info, wanted };
+        let device = Self { info, path, wanted };
         // The driver masks flags that it does not know without a word.
-        if info.flags & asked.flags != asked.flags || info.nr_hw_queues != 1 {
+        if info.flags & asked.flags != asked.flags || info.nr_hw_queues > wanted.queues {
             device.delete(control);
             bail!(
-                "the ublk driver changed what was asked for: flags {:#x} became {:#x}, 1 queue {}",
+                "the ublk driver changed what was asked for: flags {:#x} became {:#x}, {} queues \
+                 {}",
                 asked.flags,
                 info.flags,
+                wanted.queues,
                 info.nr_hw_queues
             );
         }
         Ok(device)
+    }
+
+    /// How many queues there are.
+    pub fn queues(&self) -> u16 {
+        self.info.nr_hw_queues
     }
 
     /// The device's number.
@@ -156,8 +172,13 @@ impl Device {
         };
         let len = u32::try_from(size_of::<Params>())?;
         let writable = if self.wanted.read_only { 0 } else { ublk::PARAM_DISCARD };
-        let types = ublk::PARAM_BASIC | writable;
-        let params = Params { len, types, basic, discard, ..Params::default() };
+        let mut types = ublk::PARAM_BASIC | writable;
+        let alignment = self.wanted.memory_alignment;
+        if self.path == DataPath::ZeroCopy && alignment > 1 {
+            types |= ublk::PARAM_DMA_ALIGN;
+        }
+        let dma_alignment = alignment.saturating_sub(1);
+        let params = Params { len, types, basic, discard, dma_alignment, ..Params::default() };
         Ok(control.set_params(self.id(), params)?)
     }
 
@@ -219,6 +240,22 @@ fn is_not_there_yet(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::ENOENT | libc::ENXIO | libc::ENODEV | libc::EACCES | libc::EPERM | libc::EBUSY)
     )
+}
+
+/// The data path: the one that was asked for, or the best that the driver has.
+fn choose(features: u64, wanted: Option<DataPath>) -> Result<DataPath> {
+    let has = |path: &DataPath| features & path.flags() == path.flags();
+    match wanted {
+        Some(path) if has(&path) => Ok(path),
+        Some(path) => {
+            let best = choose(features, None)?.name();
+            bail!(
+                "the kernel's ublk driver has no data path {}; leave --data-path out to use {best}",
+                path.name()
+            )
+        }
+        None => Ok(DataPath::ALL.into_iter().find(has).unwrap_or(DataPath::Copy)),
+    }
 }
 
 fn explain(errno: i32, error: anyhow::Error, id: Option<u32>) -> anyhow::Error {

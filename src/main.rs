@@ -22,7 +22,9 @@ mod busy;
 mod check;
 mod cli;
 mod control;
+mod core;
 mod daemon;
+mod decode;
 mod del;
 mod device;
 mod direct;
@@ -38,6 +40,7 @@ mod list;
 mod lock;
 mod notify;
 mod open;
+mod payload;
 mod pool;
 mod queue;
 mod recover;
@@ -52,7 +55,7 @@ mod ublk;
 use std::env;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Parser;
 use cli::{AddArgs, Cli, Command};
 use daemon::Reporter;
@@ -86,13 +89,6 @@ fn main() -> ExitCode {
 }
 
 fn add(args: &AddArgs) -> Result<()> {
-    if args.queues != 1 {
-        bail!(
-            "-q {} is not served: one queue is all there is until requests of one image can be \
-             spread over several; leave -q out",
-            args.queues
-        );
-    }
     if !args.foreground {
         return daemon::launch(|reporter| server::serve(args, reporter));
     }

@@ -1,11 +1,13 @@
 //! The server process of one device: start, serve until told to stop, close.
 //!
-//! The main thread talks to the control device, to signals and to `list`; the queue thread
-//! (`queue.rs`) does all I/O. Stopping a device blocks in the kernel until its requests have
-//! ended, which needs a queue thread that goes on: hence two threads even for one queue.
+//! The main thread talks to the control device, to signals and to `list`; the queue threads
+//! (`queue.rs`) do all I/O. Stopping a device blocks in the kernel until its requests have
+//! ended, which needs a queue thread that goes on: hence two threads even for one queue. The first
+//! queue's prepares the image; the others are started when it is ready.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -15,8 +17,11 @@ use serde_json::json;
 
 use crate::cli::{AddArgs, Discard};
 use crate::control::Control;
+use crate::core::Core;
 use crate::daemon::{Reporter, START_LIMIT};
+use crate::decode::Limits;
 use crate::device::{self, Device};
+use crate::driver::Common;
 use crate::files::Files;
 use crate::link::{self, Event, MainEnd};
 use crate::open::{self, Mode, Opened};
@@ -59,18 +64,26 @@ pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
         &mut control,
         device::Wanted {
             id: args.number,
+            queues: args.queues,
             depth: args.depth,
+            path: args.data_path,
+            memory_alignment: opened.files.memory_alignment(),
             size: opened.engine.virtual_size(),
             block: args.block_size,
             cluster_bits: opened.cluster_bits,
             read_only: args.read_only,
         },
     )?;
+    if device.queues() < args.queues {
+        let (made, cpus) = (device.queues(), "no more than there are CPUs");
+        opened.notes.push(format!("{made} of {} queues were made: {cpus}", args.queues));
+    }
     let state = describe(args, &opened, &device);
     let note = |note: &String| format!("{}: {note}", args.file.display());
     let notes = opened.notes.iter().map(note).collect();
     let files = opened.files.clone();
-    let mut server = Server { control, device, signals, state, notes, main: None, _files: files };
+    let mut server =
+        Server { control, device, signals, state, notes, main: None, running: 0, _files: files };
     let result = server.run(opened, reporter);
     server.leave(&result);
     result
@@ -123,7 +136,7 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> State {
         direct: opened.direct,
         block_size: args.block_size,
         trusted: args.trust_content,
-        data_path: "copy".to_string(),
+        data_path: device.path.name().to_string(),
         close_error: None,
     }
 }
@@ -135,8 +148,10 @@ struct Server {
     state: State,
     /// For the user, once all has gone well: an error is to be the only line.
     notes: Vec<String>,
-    /// The link to the queue thread, once that runs.
+    /// The link to the queue threads, once they run.
     main: Option<MainEnd>,
+    /// How many of them do.
+    running: u16,
     /// Closed last: the locks go with them.
     _files: Files,
 }
@@ -145,9 +160,8 @@ impl Server {
     fn run(&mut self, opened: Opened, reporter: &mut Reporter) -> Result<()> {
         self.device.set_params(&mut self.control)?;
         opened.prepare()?;
-        self.start_queue(opened)?;
         reporter.stage("waiting for the image's first fdatasync")?;
-        self.wait_ready()?;
+        self.start_queues(opened)?;
         reporter.stage("starting the ublk device")?;
         // Before the disk is there, and with it udev's first look at it.
         self.state.tell_udev()?;
@@ -170,22 +184,33 @@ impl Server {
         self.until_end(&listener, reporter)
     }
 
-    fn start_queue(&mut self, opened: Opened) -> Result<()> {
-        let (main, queue) = link::link().context("eventfd")?;
+    /// Starts the first queue's thread, and when the image is ready, those of the others.
+    fn start_queues(&mut self, opened: Opened) -> Result<()> {
+        let (main, end) = link::link().context("eventfd")?;
+        let copies = opened.engine.copy_buffers();
         let setup = queue::Setup {
-            engine: opened.engine,
-            files: opened.files,
-            char_device: self.device.open_char()?,
+            core: Arc::new(Core::new(opened.engine, self.device.queues())),
+            common: Common::new(opened.files, copies).context("buffers and worker threads")?,
+            device: Arc::new(self.device.open_char()?),
+            path: self.device.path,
             depth: self.device.info.queue_depth,
-            max_request: self.device.max_request(),
-            device_size: self.device.size(),
-            block: self.state.block_size,
+            limits: Limits {
+                max_request: self.device.max_request(),
+                size: self.device.size(),
+                block: self.state.block_size,
+            },
         };
-        std::thread::Builder::new()
-            .name("queue-0".to_string())
-            .spawn(move || queue::run(setup, queue))
-            .context("starting the queue thread")?;
         self.main = Some(main);
+        for number in 0..self.device.queues() {
+            let cpus = self.control.affinity(self.device.id(), number)?;
+            let (setup, end) = (setup.clone(), end.clone());
+            std::thread::Builder::new()
+                .name(format!("queue-{number}"))
+                .spawn(move || queue::run(setup, number, &cpus, end))
+                .context("starting a queue's thread")?;
+            self.running += 1;
+            self.wait_ready()?;
+        }
         Ok(())
     }
 
@@ -196,7 +221,7 @@ impl Server {
             if self.signals.came() {
                 bail!("interrupted");
             }
-            let main = self.main.as_ref().context("the queue thread runs")?;
+            let main = self.main.as_ref().context("the queue threads run")?;
             match main.wait_event(Duration::from_millis(100)) {
                 Some(Event::Ready) => return Ok(()),
                 Some(Event::Ended(Err(text))) => return Err(anyhow!(text)),
@@ -214,7 +239,7 @@ impl Server {
     /// Serves `list` until a signal comes or the device was stopped from elsewhere.
     fn until_end(&mut self, listener: &UnixListener, reporter: &mut Reporter) -> Result<()> {
         loop {
-            let main = self.main.as_ref().context("the queue thread runs")?;
+            let main = self.main.as_ref().context("the queue threads run")?;
             let mut set = [
                 PollFd::new(self.signals.fd(), PollFlags::POLLIN),
                 PollFd::new(main.event_fd(), PollFlags::POLLIN),
@@ -224,9 +249,14 @@ impl Server {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(error).context("poll"),
             }
-            if let Some(Event::Ended(result)) = main.event() {
+            while let Some(event) = main.event() {
+                let Event::Ended(result) = event else { continue };
                 reporter.stopping();
-                return result.map_err(|text| anyhow!(text));
+                result.map_err(|text| anyhow!(text))?;
+                self.running -= 1;
+            }
+            if self.running == 0 {
+                return Ok(());
             }
             state::answer(listener, || figures(main));
             if self.signals.came() {
@@ -236,7 +266,7 @@ impl Server {
         }
     }
 
-    /// Stops the device and waits until the queue thread has closed the image.
+    /// Stops the device and waits until the queue threads have closed the image.
     fn stop(&mut self) -> Result<()> {
         let stopped = self.control.stop(self.device.id(), STOP_LIMIT);
         if let Err(error) = stopped
@@ -245,16 +275,20 @@ impl Server {
             return Err(anyhow!(error).context("requests did not end"));
         }
         // Any other failure means that the device was stopped already.
-        let main = self.main.as_ref().context("the queue thread runs")?;
+        let main = self.main.as_ref().context("the queue threads run")?;
         let deadline = Instant::now() + STOP_LIMIT;
-        loop {
+        while self.running > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             match main.wait_event(left) {
-                Some(Event::Ended(result)) => return result.map_err(|text| anyhow!(text)),
+                Some(Event::Ended(result)) => {
+                    result.map_err(|text| anyhow!(text))?;
+                    self.running -= 1;
+                }
                 Some(Event::Ready) => {}
                 None => bail!("the image was not closed within {} s", STOP_LIMIT.as_secs()),
             }
         }
+        Ok(())
     }
 
     /// Removes the device, and records how it ended.
