@@ -1,10 +1,13 @@
 //! The command line.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
+use crate::device::Recovery;
 use crate::lock;
 use crate::payload::DataPath;
 
@@ -45,6 +48,20 @@ exclusive open): something that opens the device in the moment between is not se
 Returns when the image is closed and its locks are released. Waits 15 s for a device that makes no
 progress, and at most 60 s.")]
     Del(DelArgs),
+    /// Serve a device again whose server has died; needs `add --recovery`.
+    #[command(after_help = "\
+Serves the same image with the options of its `add`, and prints the device's path when it goes on.
+What the dead server had acknowledged is all there. Needs a boot that has not ended: after a power
+cut, `add` is what serves the image again, and what was not flushed is lost.
+
+If it fails, the device stays as it is, and `recover` can be tried again.")]
+    Recover(RecoverArgs),
+    /// Let the server of a device end and the device wait for another: an upgrade under way.
+    #[command(after_help = "\
+Requests under way end, the image is closed, the server ends; the device stays, and requests wait
+until `ublk-qcow2 recover -n ID` serves them, with this or another version of the program. No
+request fails. Needs `add --recovery` and Linux 6.16.")]
+    Quiesce(QuiesceArgs),
     /// Show ublk devices, also those of other servers.
     List(ListArgs),
     /// Check the tables of an image, and repair them.
@@ -77,7 +94,7 @@ fields of `qemu-img info --output=json`, and \"features\" and \"stale-bitmaps\" 
 }
 
 /// `add`
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AddArgs {
     /// The qcow2 image: a file or a block device.
     #[arg(short = 'f', long = "file", value_name = "IMAGE")]
@@ -128,6 +145,12 @@ pub struct AddArgs {
     #[arg(long, value_enum, default_value_t)]
     pub lock: lock::Policy,
 
+    /// Let the device outlive its server: what happens to requests after that has died, until
+    /// `ublk-qcow2 recover` has started another. No acknowledged write is lost. Off if left out:
+    /// then a dead server is as a disk that was unplugged.
+    #[arg(long, value_name = "MODE", value_enum)]
+    pub recovery: Option<Recovery>,
+
     /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device. For a service manager
     /// too: it is told over NOTIFY_SOCKET when the device is usable.
     #[arg(long)]
@@ -163,15 +186,47 @@ pub struct AddArgs {
     pub stress: bool,
 }
 
+impl AddArgs {
+    /// The same from any folder.
+    pub fn absolute(&self) -> io::Result<Self> {
+        let mut args = self.clone();
+        let paths = args.data_file.iter_mut().chain(&mut args.allow_backing);
+        for path in paths.chain([&mut args.file]) {
+            *path = std::path::absolute(&*path)?;
+        }
+        Ok(args)
+    }
+}
+
+/// `recover`
+#[derive(Args, Debug)]
+pub struct RecoverArgs {
+    /// The device number N of /dev/ublkbN.
+    #[arg(short = 'n', long = "number", value_name = "ID")]
+    pub number: u32,
+
+    /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device.
+    #[arg(long)]
+    pub foreground: bool,
+}
+
+/// `quiesce`
+#[derive(Args, Debug)]
+pub struct QuiesceArgs {
+    /// The device number N of /dev/ublkbN.
+    #[arg(short = 'n', long = "number", value_name = "ID")]
+    pub number: u32,
+}
+
 /// `add --discard`
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Discard {
     /// Gives the host space back.
     #[default]
     Unmap,
     /// Keeps the host space, so that later writes need no new one.
     Keep,
-    /// Nothing: what was discarded still reads as before.
+    /// Nothing: the device has no discards.
     Ignore,
 }
 
@@ -221,6 +276,10 @@ pub struct CheckArgs {
     /// tables where that takes it, and the flags that follow from them.
     #[arg(long, value_name = "WHAT")]
     pub repair: Option<RepairKind>,
+
+    /// QEMU's image locks. Without them, make sure that nothing else uses the image.
+    #[arg(long, value_enum, default_value_t)]
+    pub lock: lock::Policy,
 
     /// How to print the result.
     #[arg(long, value_name = "FORMAT", default_value = "human")]

@@ -120,6 +120,24 @@ impl Control {
         self.plain(ublk::START_DEV, id, u64::from(pid), LIMIT)
     }
 
+    /// Takes over a device that has no server any more; EBUSY while the dead one's character device
+    /// is still being closed.
+    pub fn start_recovery(&mut self, id: u32) -> Result<(), ControlError> {
+        self.plain(ublk::START_USER_RECOVERY, id, 0, LIMIT)
+    }
+
+    /// The device goes on with the server `pid`. Every tag has to be fetched, or about to be.
+    pub fn end_recovery(&mut self, id: u32, pid: u32) -> Result<(), ControlError> {
+        self.plain(ublk::END_USER_RECOVERY, id, u64::from(pid), LIMIT)
+    }
+
+    /// Lets requests under way end, and then takes the device from its server; EBUSY if they do not
+    /// end within `limit`.
+    pub fn quiesce(&mut self, id: u32, limit: Duration) -> Result<(), ControlError> {
+        let ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        self.plain(ublk::QUIESCE_DEV, id, ms, limit + LIMIT)
+    }
+
     /// Stops the device, also one that is open, after its requests have ended.
     pub fn stop(&mut self, id: u32, limit: Duration) -> Result<(), ControlError> {
         self.plain(ublk::STOP_DEV, id, 0, limit)

@@ -16,13 +16,30 @@ use std::time::Instant;
 
 use qcow2::Engine;
 
+use crate::journal::Journal;
+
 /// The engine and its queues.
 pub struct Core {
-    engine: Mutex<Engine>,
+    engine: Mutex<Locked>,
     peers: Vec<Peer>,
     /// Queues to which requests may still come.
     open: AtomicUsize,
     begin: Instant,
+}
+
+/// What the lock is around.
+pub struct Locked {
+    pub engine: Engine,
+    journal: Option<Journal>,
+}
+
+impl Locked {
+    /// Brings the journal up to date: before anything is taken from the engine.
+    pub fn record(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            journal.follow(&mut self.engine);
+        }
+    }
 }
 
 struct Peer {
@@ -33,10 +50,10 @@ struct Peer {
 
 impl Core {
     /// For `queues` queues.
-    pub fn new(engine: Engine, queues: u16) -> Self {
+    pub fn new(engine: Engine, journal: Option<Journal>, queues: u16) -> Self {
         let peer = || Peer { ring: AtomicI32::new(-1), poked: AtomicBool::new(false) };
         Self {
-            engine: Mutex::new(engine),
+            engine: Mutex::new(Locked { engine, journal }),
             peers: (0..queues).map(|_| peer()).collect(),
             open: AtomicUsize::new(queues.into()),
             begin: Instant::now(),
@@ -49,7 +66,7 @@ impl Core {
     }
 
     /// The engine. A thread that panics takes the process with it, so the lock is never poisoned.
-    pub fn lock(&self) -> MutexGuard<'_, Engine> {
+    pub fn lock(&self) -> MutexGuard<'_, Locked> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 use crate::control::Control;
 use crate::payload::DataPath;
@@ -28,6 +30,8 @@ pub struct Wanted {
     pub depth: u16,
     /// The data path, unless the best is to be taken.
     pub path: Option<DataPath>,
+    /// What happens to requests while there is no server, if the device outlives it.
+    pub recovery: Option<Recovery>,
     /// What the memory of requests has to be aligned to, where their pages go down.
     pub memory_alignment: u32,
     /// Bytes of the virtual disk.
@@ -37,6 +41,40 @@ pub struct Wanted {
     /// log2 of the cluster size, the optimal size of requests.
     pub cluster_bits: u32,
     pub read_only: bool,
+    /// Does a discard do anything?
+    pub discard: bool,
+}
+
+/// What happens to requests when the server of a device has died. The device stays, and `recover`
+/// starts another server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Recovery {
+    /// Those that the dead server had fail; new ones wait for its successor.
+    Queue,
+    /// All wait, and what the dead server had is sent again.
+    Reissue,
+    /// All fail until there is a successor (Linux 6.13).
+    Fail,
+}
+
+impl Recovery {
+    fn flags(self) -> u64 {
+        ublk::F_USER_RECOVERY
+            | match self {
+                Self::Queue => 0,
+                Self::Reissue => ublk::F_USER_RECOVERY_REISSUE,
+                Self::Fail => ublk::F_USER_RECOVERY_FAIL_IO,
+            }
+    }
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queue => "queue",
+            Self::Reissue => "reissue",
+            Self::Fail => "fail",
+        }
+    }
 }
 
 /// A device that was added. [`delete`](Self::delete) it in every case.
@@ -85,12 +123,23 @@ impl Device {
         }
         let features = control.features()?;
         let path = choose(features, wanted.path)?;
+        let recovery = wanted.recovery.map_or(0, Recovery::flags);
+        if features & recovery != recovery {
+            bail!(
+                "the kernel's ublk driver has not what --recovery {} needs; it takes Linux {}",
+                wanted.recovery.map_or("", Recovery::name),
+                if recovery & ublk::F_USER_RECOVERY_FAIL_IO == 0 { "6.1" } else { "6.13" }
+            );
+        }
         let asked = DevInfo {
             nr_hw_queues: wanted.queues,
             queue_depth: wanted.depth,
             max_io_buf_bytes: MAX_REQUEST,
             dev_id: wanted.id.unwrap_or(u32::MAX),
-            flags: ublk::F_WANTED & features | path.flags(),
+            flags: ublk::F_WANTED & features
+                | path.flags()
+                | recovery
+                | upgrade(features, recovery),
             ublksrv_flags: mark(std::process::id()),
             ..DevInfo::default()
         };
@@ -110,6 +159,36 @@ impl Device {
             );
         }
         Ok(device)
+    }
+
+    /// A device that has lost its server, to be served by this process.
+    pub fn resume(info: DevInfo, wanted: Wanted) -> Result<Self> {
+        let has = |path: &DataPath| info.flags & path.flags() == path.flags();
+        let path = DataPath::ALL.into_iter().find(has).context("the device has no data path")?;
+        Ok(Self { info, path, wanted })
+    }
+
+    /// Takes the device over from the dead server; requests wait until
+    /// [`finish_resume`](Self::finish_resume).
+    pub fn begin_resume(&self, control: &mut Control) -> Result<()> {
+        let deadline = Instant::now() + NODE_LIMIT;
+        loop {
+            match control.start_recovery(self.id()) {
+                Err(error) if error.errno == libc::EBUSY && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) if error.errno == libc::EBUSY => {
+                    bail!("device {} still has its dead server's character device open", self.id())
+                }
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    /// The device goes on. Every tag has to be fetched.
+    pub fn finish_resume(&self, control: &mut Control) -> Result<PathBuf> {
+        control.end_recovery(self.id(), std::process::id())?;
+        Ok(block_path(self.id()))
     }
 
     /// How many queues there are.
@@ -141,6 +220,10 @@ impl Device {
 
     /// Tells the driver size, block sizes and cache.
     pub fn set_params(&self, control: &mut Control) -> Result<()> {
+        Ok(control.set_params(self.id(), self.params()?)?)
+    }
+
+    fn params(&self) -> Result<Params> {
         let max_sectors = self.max_request() / 512;
         let shift = |bytes: u32| u8::try_from(bytes.trailing_zeros()).unwrap_or(12);
         // A read-only disk has nothing to flush.
@@ -165,7 +248,8 @@ impl Device {
         let discard = ParamDiscard {
             alignment: 0,
             granularity: 1 << self.wanted.cluster_bits.max(12),
-            max_discard_sectors: most,
+            // Without this the kernel has none, and who asks for one is told so.
+            max_discard_sectors: if self.wanted.discard { most } else { 0 },
             max_write_zeroes_sectors: most,
             max_segments: 1,
             reserved: 0,
@@ -178,8 +262,7 @@ impl Device {
             types |= ublk::PARAM_DMA_ALIGN;
         }
         let dma_alignment = alignment.saturating_sub(1);
-        let params = Params { len, types, basic, discard, dma_alignment, ..Params::default() };
-        Ok(control.set_params(self.id(), params)?)
+        Ok(Params { len, types, basic, discard, dma_alignment, ..Params::default() })
     }
 
     /// Starts the device and waits until its block device node can be opened.
@@ -242,6 +325,11 @@ fn is_not_there_yet(error: &io::Error) -> bool {
     )
 }
 
+/// What lets a server be replaced without one failed request, where a device outlives its server.
+fn upgrade(features: u64, recovery: u64) -> u64 {
+    if recovery == 0 { 0 } else { features & ublk::F_QUIESCE }
+}
+
 /// The data path: the one that was asked for, or the best that the driver has.
 fn choose(features: u64, wanted: Option<DataPath>) -> Result<DataPath> {
     let has = |path: &DataPath| features & path.flags() == path.flags();
@@ -288,4 +376,37 @@ pub fn all() -> Result<Vec<u32>> {
     }
     ids.sort_unstable();
     Ok(ids)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_has_discards_only_where_they_do_something() {
+        let params = |read_only, discard| {
+            let wanted = Wanted {
+                id: None,
+                queues: 1,
+                depth: 1,
+                path: None,
+                memory_alignment: 1,
+                size: 1 << 30,
+                block: 512,
+                cluster_bits: 16,
+                read_only,
+                discard,
+            };
+            let info = DevInfo { max_io_buf_bytes: MAX_REQUEST, ..DevInfo::default() };
+            Device { info, path: DataPath::Copy, wanted }.params().unwrap()
+        };
+        let limits = |params: Params| {
+            let ParamDiscard { max_discard_sectors, max_write_zeroes_sectors, .. } = params.discard;
+            let told = params.types & ublk::PARAM_DISCARD != 0;
+            (told && max_discard_sectors != 0, told && max_write_zeroes_sectors != 0)
+        };
+        assert_eq!(limits(params(false, true)), (true, true));
+        assert_eq!(limits(params(false, false)), (false, true));
+        assert_eq!(limits(params(true, true)), (false, false));
+    }
 }

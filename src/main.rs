@@ -31,10 +31,12 @@ mod direct;
 mod dist;
 mod driver;
 mod errno;
+mod fence;
 mod files;
 mod image_file;
 mod inflate;
 mod info;
+mod journal;
 mod link;
 mod list;
 mod lock;
@@ -44,6 +46,7 @@ mod payload;
 mod pool;
 mod queue;
 mod recover;
+mod resume;
 mod ring;
 mod server;
 mod signals;
@@ -59,6 +62,7 @@ use anyhow::Result;
 use clap::Parser;
 use cli::{AddArgs, Cli, Command};
 use daemon::Reporter;
+use server::What;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -73,6 +77,8 @@ fn main() -> ExitCode {
     let (subject, result) = match &cli.command {
         Command::Add(args) => (args.file.to_string_lossy(), add(args).map(|()| 0)),
         Command::Del(args) => ("".into(), del::run(args).map(|()| 0)),
+        Command::Recover(args) => ("".into(), resume::recover(args).map(|()| 0)),
+        Command::Quiesce(args) => ("".into(), resume::quiesce(args).map(|()| 0)),
         Command::List(args) => ("".into(), list::run(args).map(|()| 0)),
         Command::Features => ("".into(), list::features().map(|()| 0)),
         Command::Dist(args) => ("".into(), dist::run(args).map(|()| 0)),
@@ -89,8 +95,13 @@ fn main() -> ExitCode {
 }
 
 fn add(args: &AddArgs) -> Result<()> {
-    if !args.foreground {
-        return daemon::launch(|reporter| server::serve(args, reporter));
+    run_server(args.foreground, |reporter| server::serve(args, What::New, reporter))
+}
+
+/// Runs a server, in a daemon or here.
+pub fn run_server(foreground: bool, serve: impl FnOnce(&mut Reporter) -> Result<()>) -> Result<()> {
+    if !foreground {
+        return daemon::launch(serve);
     }
     // Only here is there a terminal to log to (RUST_LOG=info); a daemon must not write to a file
     // that may lie on its own device.
@@ -98,5 +109,5 @@ fn add(args: &AddArgs) -> Result<()> {
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(std::io::stderr)
         .init();
-    server::serve(args, &mut Reporter::Foreground)
+    serve(&mut Reporter::Foreground)
 }

@@ -20,13 +20,14 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 use crate::buffer::{Area, Piece};
 use crate::ring::{Io, Registered};
 use crate::ublk;
 
 /// A data path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum DataPath {
     /// Files are read into and written from the pages of requests (Linux 6.16).
     ZeroCopy,

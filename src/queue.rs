@@ -26,6 +26,7 @@ use crate::core::Core;
 use crate::decode::{Limits, decode};
 use crate::driver::{Common, Driver, Ended, Flight, Staged, Step};
 use crate::errno;
+use crate::fence::Fence;
 use crate::link::{Event, QueueEnd, Report};
 use crate::payload::{DataPath, Payload};
 use crate::ring::{Io, MAX_ENTRIES, Ring};
@@ -41,6 +42,8 @@ pub struct Setup {
     pub path: DataPath,
     pub depth: u16,
     pub limits: Limits,
+    /// Kept by every ring until its last operation has ended.
+    pub fence: Option<Arc<Fence>>,
 }
 
 /// Whose completion it is.
@@ -131,16 +134,19 @@ pub fn run(setup: Setup, number: u16, cpus: &[usize], link: QueueEnd) {
 
 impl Queue {
     fn new(setup: Setup, number: u16, link: QueueEnd) -> Result<Self> {
-        let Setup { core, common, device, path, depth, limits } = setup;
+        let Setup { core, common, device, path, depth, limits, fence } = setup;
         let queues = core.queues();
         let others = u32::from(depth) + OWN_OPERATIONS + u32::from(queues);
         // Metadata goes out on whichever queue had the event, so each may get all there is.
-        let wanted = u32::try_from(core.lock().max_ops()).unwrap_or(MAX_ENTRIES).max(1);
+        let wanted = u32::try_from(core.lock().engine.max_ops()).unwrap_or(MAX_ENTRIES).max(1);
         let flights = wanted.min(MAX_ENTRIES - others);
         let ring = Ring::new(flights + others).context(
             "io_uring is not available (kernel.io_uring_disabled must be 0, and a memory limit \
              must leave room for the ring)",
         )?;
+        if let Some(fence) = &fence {
+            ring.hold(fence.fd()).context("registering a file with the ring")?;
+        }
         let bytes = usize::from(depth) * size_of::<ublk::IoDesc>();
         let offset = u64::from(number) * ublk::DESC_STRIDE;
         let descriptors = Area::map_shared(&device, offset, bytes)
@@ -198,7 +204,7 @@ impl Queue {
         }
         // Every request was replied to, and none can come.
         if self.core.ended_one() {
-            self.core.lock().close();
+            self.core.lock().engine.close();
         }
         while !self.seen.closed {
             self.turn()?;
@@ -301,20 +307,23 @@ impl Queue {
     /// All that happens with the engine locked.
     fn exchange(&mut self) {
         let core = Arc::clone(&self.core);
-        let mut engine = core.lock();
+        let mut locked = core.lock();
+        let engine = &mut locked.engine;
         if std::mem::take(&mut self.tick) {
             engine.tick(core.now());
         }
         for ended in self.ended.drain(..) {
-            self.driver.finish(&mut engine, ended);
+            self.driver.finish(engine, ended);
         }
         for (tag, request) in self.requests.drain(..) {
             engine.submit(self.number, tag, request);
         }
+        locked.record();
+        let engine = &mut locked.engine;
         // What does not fit stays in the engine until completions make room.
         while self.flights + self.staged.len() < self.max_flights {
             let Some(op) = engine.next_op(self.number) else { break };
-            self.staged.push(self.driver.stage(&engine, op));
+            self.staged.push(self.driver.stage(engine, op));
         }
         while let Some(reply) = engine.next_reply(self.number) {
             self.replies.push(reply);
@@ -325,7 +334,7 @@ impl Queue {
         self.seen =
             Seen { ready: engine.is_ready(), closed: engine.is_closed(), health: engine.health() };
         if self.is_first() && std::mem::take(&mut self.report) {
-            self.link.report(report(&engine));
+            self.link.report(report(engine));
         }
         for queue in 0..core.queues() {
             let wanted = self.seen.closed || engine.has_something_for(queue);

@@ -92,6 +92,11 @@ impl<T> Ring<T> {
         self.ring.submitter().register_buffers_sparse(count.into())
     }
 
+    /// Keeps a file open until the last operation of this ring has ended, also after the process.
+    pub fn hold(&self, fd: RawFd) -> io::Result<()> {
+        self.ring.submitter().register_files(&[fd])
+    }
+
     /// The descriptor for [`Io::Poke`].
     pub fn fd(&self) -> RawFd {
         self.ring.as_raw_fd()

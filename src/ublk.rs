@@ -209,8 +209,12 @@ pub const START_DEV: Command = control(READ_WRITE, 0x06, "START_DEV");
 pub const STOP_DEV: Command = control(READ_WRITE, 0x07, "STOP_DEV");
 pub const SET_PARAMS: Command = control(READ_WRITE, 0x08, "SET_PARAMS");
 pub const GET_PARAMS: Command = control(READ, 0x09, "GET_PARAMS");
+pub const START_USER_RECOVERY: Command = control(READ_WRITE, 0x10, "START_USER_RECOVERY");
+pub const END_USER_RECOVERY: Command = control(READ_WRITE, 0x11, "END_USER_RECOVERY");
 pub const GET_FEATURES: Command = control(READ, 0x13, "GET_FEATURES");
 pub const DEL_DEV_ASYNC: Command = control(READ, 0x14, "DEL_DEV_ASYNC");
+pub const UPDATE_SIZE: Command = control(READ_WRITE, 0x15, "UPDATE_SIZE");
+pub const QUIESCE_DEV: Command = control(READ_WRITE, 0x16, "QUIESCE_DEV");
 pub const TRY_STOP_DEV: Command = control(READ_WRITE, 0x17, "TRY_STOP_DEV");
 
 pub const IO_FETCH: u32 = ioc(READ_WRITE, 0x20, IO);
@@ -218,8 +222,13 @@ pub const IO_COMMIT_AND_FETCH: u32 = ioc(READ_WRITE, 0x21, IO);
 
 pub const F_CMD_IOCTL_ENCODE: u64 = 1 << 6;
 pub const F_SUPPORT_ZERO_COPY: u64 = 1 << 0;
+pub const F_USER_RECOVERY: u64 = 1 << 3;
+pub const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
 pub const F_USER_COPY: u64 = 1 << 7;
+pub const F_USER_RECOVERY_FAIL_IO: u64 = 1 << 9;
+pub const F_UPDATE_SIZE: u64 = 1 << 10;
 pub const F_AUTO_BUF_REG: u64 = 1 << 11;
+pub const F_QUIESCE: u64 = 1 << 12;
 pub const F_SAFE_STOP_DEV: u64 = 1 << 17;
 pub const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
 /// What `add` asks for where the driver has it.
@@ -252,14 +261,18 @@ pub const FEATURES: [(u32, &str, &str); 21] = [
 
 pub const STATE_DEAD: u16 = 0;
 pub const STATE_LIVE: u16 = 1;
+/// Without a server: requests wait for one.
+pub const STATE_QUIESCED: u16 = 2;
+/// Without a server: requests fail until there is one.
+pub const STATE_FAIL_IO: u16 = 3;
 
 /// The name of a device state, as the `ublk` tool prints it.
 pub fn state_name(state: u16) -> &'static str {
     match state {
         STATE_DEAD => "DEAD",
         STATE_LIVE => "LIVE",
-        2 => "QUIESCED",
-        3 => "FAIL_IO",
+        STATE_QUIESCED => "QUIESCED",
+        STATE_FAIL_IO => "FAIL_IO",
         _ => "UNKNOWN",
     }
 }
