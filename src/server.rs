@@ -373,10 +373,13 @@ impl Server {
         Ok(())
     }
 
-    /// Whether the device waits for another server.
+    /// Whether the device waits for another server. One that was stopped is dead before its tags
+    /// are aborted; one that was taken from us goes on, and is quiesced when the driver has noticed
+    /// that our character device is closed, which may take a moment.
     fn is_handed_over(&mut self, result: &Result<()>) -> bool {
-        let waits = |info: DevInfo| info.state == ublk::STATE_QUIESCED;
-        result.is_ok() && self.control.info(self.device.id()).is_ok_and(waits)
+        let waits = |info: DevInfo| info.state != ublk::STATE_DEAD;
+        let stays = self.state.recipe.is_some() && result.is_ok();
+        stays && self.control.info(self.device.id()).is_ok_and(waits)
     }
 
     /// Removes the device, unless it waits for another server, and records how it ended.
