@@ -200,6 +200,7 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<State> {
         read_only: args.read_only,
         direct: opened.direct,
         block_size: args.block_size,
+        trusted: args.trust_content,
         data_path: device.path.name().to_string(),
         close_error: None,
         recipe,
@@ -239,6 +240,8 @@ impl Server {
         reporter.stage("waiting for the image's first fdatasync")?;
         self.start_queues(opened)?;
         reporter.stage("starting the ublk device")?;
+        // Before the disk is there, and with it udev's first look at it.
+        self.state.tell_udev()?;
         // From here on a successor would find what it needs.
         self.state.store()?;
         let started = match self.stays {
@@ -260,7 +263,7 @@ impl Server {
             self.stop()?;
             return ready;
         }
-        self.until_end(&listener)
+        self.until_end(&listener, reporter)
     }
 
     /// Starts the first queue's thread, and when the image is ready, those of the others.
@@ -322,7 +325,7 @@ impl Server {
     }
 
     /// Serves `list` until a signal comes or the device was stopped from elsewhere.
-    fn until_end(&mut self, listener: &UnixListener) -> Result<()> {
+    fn until_end(&mut self, listener: &UnixListener, reporter: &mut Reporter) -> Result<()> {
         loop {
             let main = self.main.as_ref().context("the queue threads run")?;
             let mut set = [
@@ -336,6 +339,7 @@ impl Server {
             }
             while let Some(event) = main.event() {
                 let Event::Ended(result) = event else { continue };
+                reporter.stopping();
                 result.map_err(|text| anyhow!(text))?;
                 self.running -= 1;
             }
@@ -344,6 +348,7 @@ impl Server {
             }
             state::answer(listener, || figures(main));
             if self.signals.came() {
+                reporter.stopping();
                 return self.stop();
             }
         }
