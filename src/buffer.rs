@@ -6,7 +6,7 @@
 //! is a handful of them per device, all made at start.
 //!
 //! **Invariant:** no reference into an area is ever handed out, since the kernel writes there at
-//! any moment; bytes are copied in and out. (One of the three files with `unsafe`.)
+//! any moment; bytes are copied in and out. (One of the four files with `unsafe`.)
 
 use std::fs::File;
 use std::io;
