@@ -1,7 +1,7 @@
 //! What keeps the server from waiting for itself, and others from waiting for it.
 //!
-//! - **Memory.** All of it is locked as it is touched, and the out-of-memory killer looks elsewhere:
-//!   a server that has to be swapped in from its own device would wait for ever.
+//! - **Memory.** All of it is locked as it is touched, and the out-of-memory killer looks
+//!   elsewhere: a server that has to be swapped in from its own device would wait for ever.
 //! - **Mounts.** The server's own mount namespace has nothing but an empty root with the folder of
 //!   states and `/dev`. With the host's mounts in it, a file system on our own device would stay in
 //!   use by us until we end, and others of the host would be pinned. (A private copy keeps what was
