@@ -37,8 +37,9 @@ pub fn avoid_oom_killer() -> Result<()> {
 /// Leaves the host's mounts. To be called while there is one thread, with all files open.
 pub fn leave_mounts() -> Result<()> {
     state::make_folder()?;
-    let keep = [folder(state::FOLDER)?, folder("/dev")?];
     unshare(CloneFlags::CLONE_NEWNS).context("unshare")?;
+    // In the new namespace: a mount of the old one cannot be bound here.
+    let keep = [folder(state::FOLDER)?, folder("/dev")?];
     let none: Option<&str> = None;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(none, "/", none, private, none).context("making the mounts private")?;
