@@ -70,7 +70,7 @@ impl Submitted {
         matches!(self.kind, OpKind::MetaWrite { .. })
     }
 
-    fn only_reads(&self) -> bool {
+    pub(crate) fn only_reads(&self) -> bool {
         matches!(
             self.kind,
             OpKind::Read { .. }
