@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use qcow2::testing::Prng;
 use qcow2::testing::fuzz::{MOST_MEMORY, Outcome, execute, prepare};
 
+mod found;
 mod memory;
 mod server;
 
