@@ -539,7 +539,9 @@ impl Engine {
     pub(crate) fn check_starved(&mut self) {
         let Some(kind) = self.allocator.error else { return };
         let scanning = self.allocator.scan < self.allocator.scan_end;
-        if !self.quarantine.is_empty() && self.requests.iter().any(|r| r.wait == Wait::Reserve) {
+        let wanted = self.requests.iter().any(|request| request.wait == Wait::Reserve)
+            || self.adoption_waits_for(Wait::Reserve);
+        if !self.quarantine.is_empty() && wanted {
             // Clusters are on their way to being free: a round at a time brings them closer.
             mark!("reserve.waits_for_quarantine");
             self.round.wanted |= self.quarantine.needs_round(self.round.synced);

@@ -2,8 +2,9 @@
 //!
 //! Its methods are of four kinds. **Events** in: [`submit`](Engine::submit),
 //! [`complete`](Engine::complete), [`tick`](Engine::tick). **Commands**: [`close`](Engine::close).
-//! **Actions** out: [`next_op`](Engine::next_op), [`next_reply`](Engine::next_reply), to be drained
-//! until `None` after each event. And **getters**.
+//! **Actions** out: [`next_record`](Engine::next_record) first, if there is a journal, then
+//! [`next_op`](Engine::next_op) and [`next_reply`](Engine::next_reply), to be drained until `None`
+//! after each event. And **getters**.
 //!
 //! An event changes state and puts what can go on into a queue; then [`Engine::run`] works that
 //! queue off. Handlers never call each other back, so there is no recursion and no order of calls
@@ -14,6 +15,7 @@ use alloc::collections::VecDeque;
 use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::adopt::Adoption;
 use crate::allocator::Allocator;
 use crate::cache::Cache;
 use crate::copy::Copies;
@@ -24,6 +26,7 @@ use crate::flush::Round;
 use crate::geometry::Geometry;
 use crate::header::Header;
 use crate::image::Image;
+use crate::journal::Record;
 use crate::layer::Layer;
 use crate::life::{Life, MAX_INCIDENTS};
 use crate::mark;
@@ -34,6 +37,7 @@ use crate::options::Options;
 use crate::overlay::Overlay;
 use crate::planted::{self, Bug};
 use crate::quarantine::Quarantine;
+use crate::record::Records;
 use crate::report::{Health, Memory, Stats};
 use crate::request::{RequestId, RequestState, Step, Stop, Wait};
 use crate::table::Table;
@@ -89,6 +93,10 @@ pub struct Engine {
     /// When metadata became dirty, if it is.
     pub(crate) dirty_since_ms: Option<u64>,
     pub(crate) stats: Stats,
+    /// What the driver's journal has to know, if there is one.
+    pub(crate) records: Option<Records>,
+    /// What a killed process has left to us, as long as that is not durable.
+    pub(crate) adoption: Option<Adoption>,
 }
 
 impl Engine {
@@ -98,6 +106,29 @@ impl Engine {
     /// # Errors
     /// Options that do not fit the image.
     pub fn new(image: Image, options: &Options) -> Result<Self, OpenError> {
+        let mut engine = Self::build(image, options)?;
+        engine.begin_open();
+        Ok(engine)
+    }
+
+    /// The same as the successor of a process that was killed while the device lived on: `records`
+    /// is what [`Log::open`](crate::Log::open) has found in its journal, which is not to be touched
+    /// before [`next_record`](Engine::next_record) says `Clear`. The image is ready when all that
+    /// the predecessor acknowledged is durable. Pump until it is, or [`health`](Engine::health) has
+    /// failed: then the journal has to be kept.
+    ///
+    /// # Errors
+    /// As with [`new`](Engine::new); records that the image cannot have. (That their clusters are
+    /// counted is looked up while opening, before anything is written, and ends in `Failed`.)
+    pub fn recover(image: Image, options: &Options, records: &[Record]) -> Result<Self, OpenError> {
+        let adoption = Adoption::new(&image, options, records)?;
+        let mut engine = Self::build(image, options)?;
+        engine.adoption = Some(adoption);
+        engine.advance_adoption();
+        Ok(engine)
+    }
+
+    fn build(image: Image, options: &Options) -> Result<Self, OpenError> {
         let geometry = image.decoder.geometry;
         options.validate(geometry.cluster_size())?;
         image.check_files()?;
@@ -149,20 +180,26 @@ impl Engine {
             now_ms: 0,
             dirty_since_ms: None,
             stats: Stats::default(),
+            records: Records::new(if options.read_only { 0 } else { options.journal }),
+            adoption: None,
         };
         engine.round.reserve(overlay);
-        if planted::is(Bug::OpenWithoutSync) {
-            (engine.life, engine.epochs) = (Life::Serving, Epochs::new(false));
-        } else if options.read_only {
-        } else if engine.header.rewrite {
-            let len = engine.options.alignment as usize;
-            let id = engine.emit_meta_write(Owner::FirstHeader, 0, len);
-            let bytes = engine.header.first_bytes(len);
-            engine.ops.staging_mut(id)[..len].copy_from_slice(bytes);
-        } else {
-            engine.emit_sync(Owner::FirstSync);
-        }
         Ok(engine)
+    }
+
+    /// A writable image begins with its first bytes, if they change, and an fdatasync.
+    pub(crate) fn begin_open(&mut self) {
+        if planted::is(Bug::OpenWithoutSync) {
+            (self.life, self.epochs) = (Life::Serving, Epochs::new(false));
+        } else if self.options.read_only {
+        } else if self.header.rewrite {
+            let len = self.options.alignment as usize;
+            let id = self.emit_meta_write(Owner::FirstHeader, 0, len);
+            let bytes = self.header.first_bytes(len);
+            self.ops.staging_mut(id)[..len].copy_from_slice(bytes);
+        } else {
+            self.emit_sync(Owner::FirstSync);
+        }
     }
 
     // ---- events ----
@@ -258,7 +295,7 @@ impl Engine {
     /// No requests will follow: what is under way ends, everything becomes durable, the unused end
     /// of the file is given back. Pump until [`is_closed`](Engine::is_closed).
     pub fn close(&mut self) {
-        if matches!(self.life, Life::Opening | Life::Serving) {
+        if matches!(self.life, Life::Opening | Life::Adopting | Life::Serving) {
             self.life = Life::Closing { truncated: false };
         }
         self.run();
@@ -266,16 +303,29 @@ impl Engine {
 
     // ---- actions ----
 
-    /// The next operation for `queue` to carry out.
+    /// The next operation for `queue` to carry out. None while there are records to be taken.
     pub fn next_op(&mut self, queue: u16) -> Option<Op> {
+        if !self.is_recorded() {
+            return None;
+        }
         let id = self.out[usize::from(queue)].pop_front()?;
         let state = self.ops.get(id);
         Some(Op { id, file: state.file, kind: state.kind })
     }
 
-    /// The next answer to a request of `queue`.
+    /// The next answer to a request of `queue`. None while there are records to be taken.
     pub fn next_reply(&mut self, queue: u16) -> Option<Reply> {
+        if !self.is_recorded() {
+            return None;
+        }
         self.replies[usize::from(queue)].pop_front()
+    }
+
+    /// Whether there is an operation or a reply for `queue`.
+    #[must_use]
+    pub fn has_something_for(&self, queue: u16) -> bool {
+        let queue = usize::from(queue);
+        !self.out[queue].is_empty() || !self.replies[queue].is_empty()
     }
 
     /// The next thing that an operator should know of and that no reply tells in full.
@@ -300,7 +350,8 @@ impl Engine {
         self.ops.staging_mut(id)[..bytes.len()].copy_from_slice(bytes);
     }
 
-    /// May requests be served? Not before the first fdatasync of a writable open has returned.
+    /// May requests be served? Not before the first fdatasync of a writable open has returned, and
+    /// what a predecessor has left is durable.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         matches!(self.life, Life::Serving)
@@ -400,6 +451,7 @@ impl Engine {
                 self.step(id);
             }
             self.advance_copies();
+            self.advance_adoption();
             self.advance_quarantine();
             self.refill();
             self.check_starved();
@@ -519,6 +571,7 @@ impl Engine {
                 state.error.get_or_insert(kind);
             }
         }
+        self.fail_adoption_if(kind, &matches);
         self.wake(matches);
     }
 }

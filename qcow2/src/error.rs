@@ -31,6 +31,8 @@ pub enum OpenErrorKind {
     Unsupported,
     /// The options do not fit the image.
     Options,
+    /// The journal of a dead process does not belong to the image.
+    Journal,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +48,7 @@ pub(crate) enum OpenErrorInner {
     Feature { name: &'static str, field: &'static str, value: u64, next: &'static str },
     UnknownFeature { field: &'static str, bit: u32, name: FeatureName },
     Option { what: &'static str, value: u64, expected: &'static str },
+    Journal { guest: u64, value: u64, why: &'static str },
 }
 
 /// The name that the image itself gives a feature bit (header extension "feature name table").
@@ -85,6 +88,7 @@ impl OpenError {
             | OpenErrorInner::Feature { .. }
             | OpenErrorInner::UnknownFeature { .. } => OpenErrorKind::Unsupported,
             OpenErrorInner::Option { .. } => OpenErrorKind::Options,
+            OpenErrorInner::Journal { .. } => OpenErrorKind::Journal,
             OpenErrorInner::Truncated { .. }
             | OpenErrorInner::Bounds { .. }
             | OpenErrorInner::Outside { .. }
@@ -138,6 +142,11 @@ impl fmt::Display for OpenError {
             OpenErrorInner::Option { what, value, expected } => {
                 write!(f, "{what} is {value}, expected {expected}")
             }
+            OpenErrorInner::Journal { guest, value, why } => write!(
+                f,
+                "the journal does not belong to this image: it maps guest cluster {guest} by \
+                 {value:#018x}: {why}"
+            ),
         }
     }
 }
@@ -170,13 +179,26 @@ pub enum FailureKind {
     BadEntry,
     /// The same in the file so many steps beneath the image's own backing file.
     BadEntryBeneath(u8),
+    /// The journal of a dead process does not belong to the image; nothing was written. The offset
+    /// is that of a guest cluster on the virtual disk. Final.
+    Journal,
+    /// What is in the journal could not be brought into the image; it stays there. The offset is as
+    /// with `Journal`. Final.
+    Adoption(IoErrorKind),
 }
 
 impl Failure {
     /// Does it end writing to the image for good?
     #[must_use]
     pub fn is_final(self) -> bool {
-        matches!(self.kind, FailureKind::MetadataWrite | FailureKind::Sync | FailureKind::Overlap)
+        matches!(
+            self.kind,
+            FailureKind::MetadataWrite
+                | FailureKind::Sync
+                | FailureKind::Overlap
+                | FailureKind::Journal
+                | FailureKind::Adoption(_)
+        )
     }
 }
 
@@ -190,6 +212,16 @@ impl fmt::Display for Failure {
                 write!(f, "a write to byte {offset} would have hit metadata (image corrupt)")?;
             }
             FailureKind::MetadataRead => write!(f, "a table at byte {offset} cannot be read")?,
+            FailureKind::Journal => write!(
+                f,
+                "the journal does not belong to this image: what it says of byte {offset} of the \
+                 disk contradicts the image"
+            )?,
+            FailureKind::Adoption(kind) => write!(
+                f,
+                "a mapping from the journal, of byte {offset} of the disk, cannot be brought into \
+                 the image: {kind}; the journal is kept: recover again when that is remedied"
+            )?,
             FailureKind::BadEntry => {
                 write!(f, "a bad table entry was found in the page at byte {offset}")?;
             }
@@ -204,6 +236,10 @@ impl fmt::Display for Failure {
                     "a bad entry was found in the page at byte {offset} of backing file {layer}"
                 )?;
             }
+        }
+        if matches!(self.kind, FailureKind::Journal | FailureKind::Adoption(_)) {
+            // There was no service that could go on.
+            return Ok(());
         }
         if self.is_final() {
             write!(f, "; writes have stopped, reads go on")?;

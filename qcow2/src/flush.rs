@@ -197,6 +197,7 @@ impl Engine {
         self.round.number += 1;
         self.round.allocated = self.allocated_and_settled();
         self.quarantine.round_begins();
+        self.switch_records();
         self.dirty_since_ms = None;
         for state in &mut self.requests {
             if state.wait == Wait::NextFlush {
@@ -464,6 +465,7 @@ impl Engine {
     fn end_round(&mut self) {
         self.round.enter(Phase::Idle);
         self.allocated_durable = self.round.allocated;
+        self.retire_records();
         self.reply_flushes();
         if self.is_dirty() || !self.quarantine.is_empty() {
             // What was folded has replaced clusters, which one more round gives back.

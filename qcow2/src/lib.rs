@@ -68,6 +68,7 @@
 //! | [`quarantine`] | from the last reference to being free |
 //! | [`epoch`], [`overlay`] | what an fdatasync covers; mappings whose data it does not yet |
 //! | [`flush`], [`grow`] | rounds, and moving the refcount table |
+//! | [`journal`], [`record`], [`adopt`] | mappings that a killed process leaves to the next one |
 //! | [`options`], [`error`] | options from the command line; what goes wrong |
 //! | [`check`] | a consistency checker that shares nothing with the engine, and its repairs |
 //! | [`info`] | what any image says of itself |
@@ -81,6 +82,7 @@ extern crate alloc;
 #[cfg(feature = "testing")]
 extern crate std;
 
+mod adopt;
 mod allocator;
 mod bitmaps;
 mod cache;
@@ -96,6 +98,7 @@ mod grow;
 mod header;
 mod image;
 pub mod info;
+pub mod journal;
 mod layer;
 mod life;
 pub mod marks;
@@ -109,6 +112,7 @@ pub mod planted;
 mod progress;
 mod quarantine;
 mod read;
+mod record;
 mod refblock;
 mod report;
 mod request;
@@ -126,6 +130,7 @@ pub use error::{Failure, FailureKind, IoErrorKind, OpenError, OpenErrorKind};
 pub use geometry::Geometry;
 pub use header::{Backing, Bitmaps, DataFile, Directory, Extent, Header};
 pub use image::Image;
+pub use journal::{JournalError, JournalEvent, Log, Record};
 pub use layer::Layer;
 pub use op::{
     COPY_BUFFER, Compressed, Compression, FileId, Op, OpId, OpKind, Outcome, Reply, Request,

@@ -13,6 +13,8 @@ pub(crate) const MAX_INCIDENTS: usize = 16;
 pub(crate) enum Life {
     /// Before the first fdatasync has returned.
     Opening,
+    /// What a killed process has left is being made durable.
+    Adopting,
     Serving,
     Closing {
         truncated: bool,
@@ -50,6 +52,9 @@ impl Engine {
         if self.active != 0 || self.ops.in_flight() != 0 {
             return;
         }
+        if self.adoption.is_some() && self.failed.is_none() {
+            return;
+        }
         if self.failed.is_some() || self.options.read_only {
             self.life = Life::Closed;
             return;
@@ -78,6 +83,7 @@ impl Engine {
             self.advance_close();
         } else if !busy {
             self.life = Life::Closed;
+            self.clear_records();
         }
     }
 }

@@ -6,6 +6,11 @@
 
 /// All marks.
 pub const MARKS: &[&str] = &[
+    "adopt.allocated_table",
+    "adopt.copied_table",
+    "adopt.death",
+    "adopt.installed",
+    "adopt.was_on_disk",
     "flush.waits_for_next_round",
     "grow.moved",
     "op.short",
@@ -15,6 +20,7 @@ pub const MARKS: &[&str] = &[
     "quarantine.shared",
     "quarantine.still_counted",
     "quarantine.unlinked_durably",
+    "record.waits_for_room",
     "reserve.cannot_zero",
     "reserve.file_cannot_grow",
     "reserve.fresh",

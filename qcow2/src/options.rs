@@ -31,6 +31,10 @@ pub struct Options {
     pub stress: bool,
     /// Start a flush of our own when something has been volatile for so long, in milliseconds.
     pub max_dirty_ms: u64,
+    /// Recovery: mappings that are not durable yet are kept in a [journal](crate::journal) with so
+    /// many records in each of its two segments. 0: there is none, and a killed process is as a
+    /// power cut. A full segment makes writes of new clusters wait for a round.
+    pub journal: u32,
 }
 
 /// What a discard of whole clusters does. They read as zeros afterwards, unless it is ignored.
@@ -59,6 +63,7 @@ impl Default for Options {
             fixed_size: false,
             stress: false,
             max_dirty_ms: 5000,
+            journal: 0,
         }
     }
 }
@@ -66,6 +71,9 @@ impl Default for Options {
 impl Options {
     /// The cache size that `None` stands for is never above this, as in QEMU.
     pub const MAX_DEFAULT_L2_CACHE: u64 = 32 << 20;
+
+    /// Records in a segment of the journal: 128 MiB.
+    pub const MAX_JOURNAL: u32 = 4 << 20;
 
     pub(crate) fn validate(&self, cluster_size: u64) -> Result<(), OpenError> {
         let bad =
@@ -81,6 +89,9 @@ impl Options {
         }
         if u64::from(self.alignment) > cluster_size {
             return bad("the alignment", self.alignment.into(), "at most the cluster size");
+        }
+        if self.journal > Self::MAX_JOURNAL {
+            return bad("the size of the journal", self.journal.into(), "at most 4194304 records");
         }
         if self.staging == 0 {
             return bad("the number of metadata operations in flight", 0, "at least 1");

@@ -101,6 +101,34 @@ bugs! {
     DataFileNotSynced,
     /// A new subcluster does not get what lies around the payload.
     SubclusterNotFilled,
+    /// A mapping that waits for its data is not recorded in the journal.
+    CopyNotRecorded,
+    /// Zeroes and discards are not recorded.
+    ZeroNotRecorded,
+    /// The driver lets operations and answers overtake the records.
+    RecordsOvertaken,
+    /// The journal is retired when a round begins, not at its end.
+    RetiredEarly,
+    /// A successor serves before what it has adopted is durable, and clears the journal.
+    AdoptedEarly,
+    /// Of several records for one guest cluster the first counts.
+    FirstRecordCounts,
+}
+
+impl Bug {
+    /// Is it in what only a killed process and its successor come by?
+    #[must_use]
+    pub fn is_of_recovery(self) -> bool {
+        matches!(
+            self,
+            Self::CopyNotRecorded
+                | Self::ZeroNotRecorded
+                | Self::RecordsOvertaken
+                | Self::RetiredEarly
+                | Self::AdoptedEarly
+                | Self::FirstRecordCounts
+        )
+    }
 }
 
 #[cfg(feature = "planted-bugs")]

@@ -182,6 +182,7 @@ impl Engine {
             Owner::FirstSync => {
                 if self.sync_ended(result) {
                     self.epochs.succeeded();
+                    self.adoption_synced();
                     self.life = if self.life == Life::Opening { Life::Serving } else { self.life }
                 }
             }

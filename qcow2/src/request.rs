@@ -45,6 +45,8 @@ pub(crate) enum Wait {
     Overlay,
     /// Room in quarantine.
     Quarantine,
+    /// Room in the journal.
+    Journal,
     /// The end of the next round, which makes all durable that is complete now.
     NextFlush,
     /// The end of this round.

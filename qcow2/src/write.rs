@@ -416,12 +416,13 @@ impl Engine {
         let table = self.l2_table(segment.guest).expect("secured before the write was issued");
         let place = self.entry_place(table, segment.guest);
         let slot = self.l2_page_to_change(place)?;
-        let count = segment.count.min(place.left);
+        let count = self.room_to_record(segment.count.min(place.left))?;
         for step in 0..count {
             let index = place.index + usize::try_from(step).expect("within a page");
             let before = self.l2_cache.entry(slot, index);
             let entry = self.decoder.with_data(before, segment.host.plus(step), segment.units);
             self.l2_cache.set_entry(slot, index, entry);
+            self.record(GuestCluster(segment.guest.0 + step), entry);
         }
         self.note_dirty();
         Ok(count)
@@ -436,12 +437,17 @@ impl Engine {
             mark!("write.overlay_full");
             return Err(Stop::Wait(Wait::Overlay));
         }
+        let before = self.entry_to_record(segment)?;
+        let count = self.room_to_record(count)?;
         mark!("write.to_overlay");
         let since = self.epochs.now();
         for step in 0..count {
             let guest = GuestCluster(segment.guest.0 + step);
             let entry = Entry::new(guest, segment.host.plus(step), segment.units, since);
             self.overlay.insert(entry, |epoch| self.epochs.is_durable(epoch));
+            if !planted::is(Bug::CopyNotRecorded) {
+                self.record(guest, before);
+            }
         }
         self.round.wanted |= self.overlay.is_crowded();
         self.note_dirty();

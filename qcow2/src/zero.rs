@@ -160,6 +160,7 @@ impl Engine {
             self.round.wanted = true;
             return Err(Stop::Wait(Wait::Quarantine));
         }
+        self.room_to_record(1)?;
         let entry = self.l2_cache.entry(slot, place.index);
         if matches!(self.decoder.reference(entry, piece.cluster), Reference::Compressed { .. }) {
             // What replaces it is in the overlay, and on disk it has to stay as it is until then.
@@ -224,6 +225,7 @@ impl Engine {
                         self.round.wanted = true;
                         return Err(Stop::Wait(Wait::Quarantine));
                     }
+                    self.room_to_record(1)?;
                     let all = self.geometry().all_units();
                     self.replace_entry(cluster, slot, index, (entry, all));
                 }
@@ -321,8 +323,8 @@ impl Engine {
     }
 
     /// Changes an entry, for these units of it: what it and the overlay referred to, and nothing
-    /// does now, is given back. The caller has asked for room in quarantine.
-    fn replace_entry(
+    /// does now, is given back. The caller has asked for room in quarantine and journal.
+    pub(crate) fn replace_entry(
         &mut self,
         cluster: GuestCluster,
         slot: SlotId,
@@ -337,6 +339,9 @@ impl Engine {
         let empty = pending.is_some() && self.overlay.remove_units(cluster, units);
         self.l2_cache.set_entry(slot, index, entry);
         self.note_dirty();
+        if !planted::is(Bug::ZeroNotRecorded) {
+            self.record(cluster, entry);
+        }
         let place = |reference: Reference| match reference {
             Reference::Cluster(pointer) => Some(pointer.at),
             _ => None,
