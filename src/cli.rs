@@ -217,7 +217,7 @@ pub enum Discard {
     Unmap,
     /// Keeps the host space, so that later writes need no new one.
     Keep,
-    /// Nothing: what was discarded still reads as before.
+    /// Nothing: the device has no discards.
     Ignore,
 }
 
@@ -267,6 +267,10 @@ pub struct CheckArgs {
     /// tables where that takes it, and the flags that follow from them.
     #[arg(long, value_name = "WHAT")]
     pub repair: Option<RepairKind>,
+
+    /// QEMU's image locks. Without them, make sure that nothing else uses the image.
+    #[arg(long, value_enum, default_value_t)]
+    pub lock: lock::Policy,
 
     /// How to print the result.
     #[arg(long, value_name = "FORMAT", default_value = "human")]

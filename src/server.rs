@@ -73,6 +73,7 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         block: args.block_size,
         cluster_bits: opened.cluster_bits,
         read_only: args.read_only,
+        discard: args.discard != Discard::Ignore,
     };
     let (device, before) = match what {
         What::New => {
@@ -127,16 +128,16 @@ fn prepare(
         return Ok((control, open::open(&wanted)?, Some(Arc::new(fence))));
     }
     reporter.stage("opening the image")?;
-    let mut opened = open::open(&wanted)?;
-    let control = Control::open()?;
-    if !args.read_only {
-        // It can be served, and there is somebody to serve it: only now is anything written. What
-        // was opened has to go first, for it knows the tables as they were.
-        drop(opened);
-        let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
-        opened = open::open(&wanted)?;
-        opened.notes.extend(mended);
+    if args.read_only {
+        let opened = open::open(&wanted)?;
+        return Ok((Control::open()?, opened, None));
     }
+    open::look(&wanted)?;
+    let control = Control::open()?;
+    // It can be served, and there is somebody to serve it: only now is anything written.
+    let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
+    let mut opened = open::open(&wanted)?;
+    opened.notes.extend(mended);
     Ok((control, opened, None))
 }
 
