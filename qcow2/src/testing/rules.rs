@@ -70,7 +70,7 @@ impl Submitted {
         matches!(self.kind, OpKind::MetaWrite { .. })
     }
 
-    pub(crate) fn only_reads(&self) -> bool {
+    fn only_reads(&self) -> bool {
         matches!(
             self.kind,
             OpKind::Read { .. }

@@ -59,6 +59,22 @@ fn sectors(start: u64, len: u64) -> (u64, u64) {
     (start / sector, start.saturating_add(len).div_ceil(sector))
 }
 
+/// Does it change a file, or make durable what it holds?
+fn changes(kind: OpKind) -> bool {
+    matches!(
+        kind,
+        OpKind::Write { .. }
+            | OpKind::WriteZeros { .. }
+            | OpKind::CopyWrite { .. }
+            | OpKind::MetaWrite { .. }
+            | OpKind::ZeroRange { .. }
+            | OpKind::Punch { .. }
+            | OpKind::Extend { .. }
+            | OpKind::Truncate { .. }
+            | OpKind::Sync
+    )
+}
+
 impl Layout {
     /// As a reader finds it.
     fn of(disk: &Disk) -> Self {
@@ -127,7 +143,7 @@ impl Fence {
 
     /// May this be done?
     pub(crate) fn check(&mut self, disk: &Disk, op: Op, submitted: &Submitted) -> Verdict {
-        if submitted.only_reads() {
+        if !changes(op.kind) {
             return Ok(());
         }
         let refuse = |rule| Err(Broken::new(rule, format!("{op:?}")));
