@@ -234,7 +234,12 @@ impl World {
                 (FileId::Image, data) => {
                     self.disk.can_punch = !self.plain;
                     self.disk.follow(data.as_ref());
-                    if let Err(broken) = self.disk.submit(op.id, &submitted, &legal) {
+                    // Two entries of an image that is wrong may share a cluster of guest data.
+                    // When one is gone it is punched, whoever writes through the other.
+                    let theirs = self.fence.is_some() && !submitted.is_metadata();
+                    if let Err(broken) = self.disk.submit(op.id, &submitted, &legal)
+                        && !theirs
+                    {
                         self.broken.get_or_insert(broken);
                     }
                 }
