@@ -6,10 +6,10 @@
 //! order and how the operations of the engine end. Bytes that begin as a qcow2 image are that image
 //! themselves, and the last of them choose the rest.
 //!
-//! What is asked: nothing panics, every request is answered within bounded work, no byte is written
-//! that must not be ([`Fence`]), a check after a repair finds what the repair has said, and an image
-//! that was sound still is so. Whether reads return what they should is for other tests; here the
-//! image is wrong. Time and memory are measured by who calls this.
+//! What is asked: nothing panics, every request is answered within bounded work, no byte is
+//! written that must not be ([`Fence`]), a check after a repair finds what the repair has said, and
+//! an image that was sound still is so. Whether reads return what they should is for other tests;
+//! here the image is wrong. Time and memory are measured by who calls this.
 //!
 //! Two callers: `qcow2/tests/fuzz`, seeded and bounded, and cargo-fuzz in `qcow2/fuzz`.
 

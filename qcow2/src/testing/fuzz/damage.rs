@@ -50,7 +50,7 @@ const FIELDS: [(usize, usize); 19] = [
     (104, 8),
 ];
 
-/// Offsets and lengths of the fields of an entry of the snapshot table, and of the bitmap directory.
+/// The same of the fields of an entry of the snapshot table, and of the bitmap directory.
 const SNAPSHOT: [(usize, usize); 6] = [(0, 8), (8, 4), (12, 2), (14, 2), (36, 4), (48, 8)];
 const BITMAP: [(usize, usize); 7] = [(0, 8), (8, 4), (12, 4), (16, 1), (17, 1), (18, 2), (20, 4)];
 
