@@ -319,6 +319,7 @@ impl World {
         let op = self.in_flight.remove(index);
         let outcome = match error {
             Some(kind) => self.break_off(op, kind, most),
+            None if self.is_too_long(op) => self.break_off(op, IoErrorKind::NoSpace, 0),
             None => self.carry_out(op, most),
         };
         if op.file == FileId::Image && outcome != Outcome::Done {
@@ -379,10 +380,6 @@ impl World {
     fn carry_out(&mut self, op: Op, most: u32) -> Outcome {
         let outcome =
             |done: u32, len| if done >= len { Outcome::Done } else { Outcome::Short(done) };
-        if self.is_too_long(op) {
-            self.disk_of(op.file).cancel(op.id);
-            return Outcome::Error(IoErrorKind::NoSpace);
-        }
         match op.kind {
             OpKind::Read { tag, at, offset, len } => {
                 let want = len.min(most);
