@@ -196,6 +196,9 @@ impl Engine {
                 Stage::Unlinked(round)
                     if round <= self.round.synced || planted::is(Bug::DecrementBeforeUnlink) =>
                 {
+                    if self.is_table(item) {
+                        return;
+                    }
                     mark!("quarantine.unlinked_durably");
                     self.quarantine.items[number].stage = Stage::Lowering(0);
                     gone = self.lower(number);
@@ -210,6 +213,9 @@ impl Engine {
                         && (item.before <= oldest || planted::is(Bug::PinIgnored))
                         && self.ops.has_room() =>
                 {
+                    if self.is_table(item) {
+                        return;
+                    }
                     mark!("quarantine.lowered_durably");
                     self.quarantine.items[number].stage = Stage::Punching;
                     let bits = self.geometry().cluster_bits();
@@ -227,6 +233,16 @@ impl Engine {
             }
             number += usize::from(!gone);
         }
+    }
+
+    /// Does metadata lie there, or has come to lie there? Then the entry that is gone contradicted
+    /// the rest of the image, and the table is not to be counted down and punched: writing ends.
+    fn is_table(&mut self, item: Item) -> bool {
+        let is_table = self.metadata.overlaps(item.start, item.count);
+        if is_table {
+            self.fail(FailureKind::Overlap, item.start << self.geometry().cluster_bits());
+        }
+        is_table
     }
 
     /// Counts down as far as the refcount pages are there. True if the item is gone.
