@@ -33,6 +33,17 @@ fn no_crash_state_is_wrong() {
 }
 
 #[test]
+fn what_a_killed_process_acknowledged_is_found_by_the_next() {
+    explore::announce_panics();
+    let states = 1_000_000 / SCALE;
+    let config = Config { seed: 1, states, kills: true, ..Config::default() };
+    let report = explore::explore(&config);
+    none(report.violation.as_ref());
+    println!("with kills: {}", report.json(config.seed, 0));
+    assert!(report.distinct >= config.states && report.reopened > 0);
+}
+
+#[test]
 fn after_any_fault_the_answers_are_honest() {
     explore::announce_panics();
     // By hand 100 000 and more: `explore --faults`.
@@ -118,8 +129,8 @@ fn every_order_of_four_requests_of_a_few_kinds() {
 fn every_mark_is_hit() {
     explore::announce_panics();
     // Some lines only one workload comes by, so each has its turn.
-    for workload in workload::all() {
-        let workload = Some(workload.name.to_string());
+    for workload in workload::all().into_iter().chain(workload::recovering()) {
+        let workload = Some(workload.label());
         let config = Config { seed: 7, states: 40_000 / SCALE, workload, ..Config::default() };
         none(explore::explore(&config).violation.as_ref());
     }

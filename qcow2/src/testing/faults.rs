@@ -113,7 +113,7 @@ fn name(workload: &Workload, seed: u64, fault: Fault) -> String {
         None => "short",
     };
     let mode = if fault.lasting { "on" } else { "once" };
-    format!("fault:{}:{seed}:{}:{kind}:{mode}", workload.name, fault.index)
+    format!("fault:{}:{seed}:{}:{kind}:{mode}", workload.label(), fault.index)
 }
 
 /// Replays the path of a run with a fault; `None` if it is not the path of one.

@@ -2,7 +2,7 @@
 
 use std::format;
 use std::rc::Rc;
-use std::string::String;
+use std::string::{String, ToString};
 use std::vec::Vec;
 
 use crate::error::IoErrorKind;
@@ -12,6 +12,7 @@ use crate::testing::disk::Disk;
 use crate::testing::guest::{Demand, Guest, describe};
 use crate::testing::image::Setting;
 use crate::testing::judge::{Judge, State};
+use crate::testing::kept::Kept;
 use crate::testing::pool::{SECTOR, SectorId, SharedPool};
 use crate::testing::prng::Prng;
 use crate::testing::workload::Workload;
@@ -57,6 +58,8 @@ pub struct Run {
     now_ms: u64,
     /// Clusters that may have been leaked before the image was opened.
     leaks_before: u64,
+    /// The process that is opening the image is the successor of one that was killed.
+    recovers: bool,
     /// Operations that have ended.
     pub ended: u64,
     fault: Option<Fault>,
@@ -79,6 +82,9 @@ struct Hit {
     step: u64,
     kind: OpKind,
 }
+
+/// One event in so many kills a successor that is opening the image.
+const DEATHS_OPENING: u64 = 20;
 
 /// A result in words.
 pub type Told<T> = Result<T, String>;
@@ -123,6 +129,7 @@ impl Run {
             steps: 0,
             now_ms: 0,
             leaks_before: leaks,
+            recovers: false,
             ended: 0,
             fault: None,
             stalled: None,
@@ -214,6 +221,9 @@ impl Run {
             Stage::Opening => {
                 if self.world.engine.is_ready() {
                     self.opened()?;
+                } else if self.recovers && self.prng.one_in(DEATHS_OPENING) {
+                    crate::mark!("adopt.death");
+                    self.die()?;
                 } else {
                     self.complete_one()?;
                 }
@@ -457,6 +467,13 @@ impl Run {
         self.leaks_before = leaks;
         // Writes that only the dead process knew of are lost, as in a power cut.
         let content = self.judge.content().to_vec();
+        if self.recovers {
+            // Those that it had acknowledged are not.
+            let pool = self.pool.borrow();
+            let told = self.guest.check_content(&content, &pool);
+            told.map_err(|what| format!("after recovery: {what}"))?;
+            self.recovers = false;
+        }
         for (place, &id) in (0..).zip(&content) {
             if !self.guest.is_legal(place, id) {
                 let found = describe(&self.pool.borrow(), id);
@@ -470,12 +487,19 @@ impl Run {
 
     fn die(&mut self) -> Told<()> {
         self.tell(|run| format!("the process dies; in flight: {:?}", kinds(&run.world)));
+        let in_flight = self.world.in_flight.len();
+        if self.world.kept.is_some() && in_flight != 0 && self.prng.one_in(2) {
+            let index = self.prng.index(in_flight);
+            self.tell(|run| format!("… in what follows {:?}", run.world.in_flight[index].kind));
+            self.world.die_at(index, &mut self.prng);
+        }
         self.leaks_before = self.most_leaks();
         self.world.disk.death(&mut self.prng);
         if let Some(data) = &mut self.world.data {
             data.death(&mut self.prng);
         }
         self.guest.death();
+        self.recovers = self.world.kept.is_some();
         self.reopen()
     }
 
@@ -501,6 +525,16 @@ impl Run {
             }
         }
         self.guest.death();
+        // A failed image is left as it is, with its journal; otherwise there is nothing in it.
+        let kept = self.world.kept.clone().map(Kept::found).transpose();
+        let kept = kept.map_err(|error| format!("the journal after closing: {error}"))?;
+        let failed = matches!(self.world.engine.health(), Health::Failed(_));
+        if let Some((_, records)) = kept {
+            self.recovers = failed;
+            if !failed && !records.is_empty() {
+                return Err(format!("the engine is closed, but its journal has {records:?}"));
+            }
+        }
         self.reopen()
     }
 
@@ -509,8 +543,12 @@ impl Run {
         disk.watch();
         let (plain, full) = (self.world.plain, self.world.full);
         let beneath = core::mem::take(&mut self.world.beneath);
-        self.world = World::open_on(disk, beneath, data, &self.workload.options)
-            .map_err(|error| format!("the image does not open again: {error}"))?;
+        let (kept, options) = (self.world.kept.take(), &self.workload.options);
+        let world = match kept.filter(|_| self.recovers) {
+            Some(kept) => World::recover(disk, beneath, data, options, kept),
+            None => World::open_on(disk, beneath, data, options).map_err(|error| error.to_string()),
+        };
+        self.world = world.map_err(|error| format!("the image does not open again: {error}"))?;
         (self.world.plain, self.world.full) = (plain, full);
         self.stage = Stage::Opening;
         self.faulted &= self.fault.is_some_and(|fault| fault.lasting);

@@ -1,6 +1,7 @@
 //! An engine, a disk and the buffers between them.
 
 use std::rc::Rc;
+use std::string::{String, ToString};
 use std::vec;
 use std::vec::Vec;
 
@@ -15,7 +16,9 @@ use crate::report::Health;
 use crate::testing::disk::Disk;
 use crate::testing::guest::Guest;
 use crate::testing::image::inflate;
+use crate::testing::kept::Kept;
 use crate::testing::pool::{SECTOR, SectorId};
+use crate::testing::prng::Prng;
 use crate::testing::rules::{Broken, Submitted};
 use crate::testing::size;
 
@@ -46,6 +49,8 @@ pub struct World {
     pub plain: bool,
     /// The host has no room for a longer file.
     pub full: bool,
+    /// The journal, if there is one.
+    pub kept: Option<Kept>,
     /// Where each tag's request begins on the virtual disk.
     places: Vec<u64>,
 }
@@ -159,9 +164,38 @@ impl World {
         let len = data.as_ref().map(Disk::len);
         let image = open_image(&disk, &beneath, len, options.read_only)?;
         let engine = Engine::new(image, options)?;
+        let kept = (options.journal != 0).then(|| Kept::new(options.journal));
+        Ok(Self::of(engine, (disk, beneath, data), kept, options))
+    }
+
+    /// The same as the successor of a killed process, with its journal.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn recover(
+        disk: Disk,
+        beneath: Vec<Beneath>,
+        data: Option<Disk>,
+        options: &Options,
+        kept: Kept,
+    ) -> Result<Self, String> {
+        let len = data.as_ref().map(Disk::len);
+        let (kept, records) = kept.found().map_err(|error| error.to_string())?;
+        let image = open_image(&disk, &beneath, len, false);
+        let engine = image.and_then(|image| Engine::recover(image, options, &records));
+        let engine = engine.map_err(|error| error.to_string())?;
+        Ok(Self::of(engine, (disk, beneath, data), Some(kept), options))
+    }
+
+    fn of(
+        engine: Engine,
+        (disk, beneath, data): (Disk, Vec<Beneath>, Option<Disk>),
+        kept: Option<Kept>,
+        options: &Options,
+    ) -> Self {
         let depth = usize::from(options.depth);
         let copies = vec![vec![0xbb; COPY_BUFFER as usize]; engine.copy_buffers()];
-        Ok(Self {
+        Self {
             engine,
             disk,
             beneath,
@@ -174,8 +208,9 @@ impl World {
             handed: None,
             plain: false,
             full: false,
+            kept,
             places: vec![0; depth],
-        })
+        }
     }
 
     /// Submits a request; a write's bytes are in `buffer`, a read's length is that of `buffer`.
@@ -199,6 +234,9 @@ impl World {
 
     /// Takes what the engine has to say.
     pub fn pump(&mut self, guest: Option<&Guest>) {
+        if let Some(kept) = &mut self.kept {
+            kept.take(&mut self.engine);
+        }
         while let Some(op) = self.engine.next_op(0) {
             let submitted = self.submitted(op);
             let legal = |sector, id| guest.is_none_or(|guest| guest.is_legal(sector, id));
@@ -288,6 +326,16 @@ impl World {
         }
         self.engine.complete(op.id, outcome);
         self.pump(guest);
+    }
+
+    /// The process is killed in the middle of what follows from the end of an operation.
+    pub fn die_at(&mut self, index: usize, prng: &mut Prng) {
+        let op = self.in_flight.remove(index);
+        let outcome = self.carry_out(op, u32::MAX);
+        self.engine.complete(op.id, outcome);
+        if let Some(kept) = &mut self.kept {
+            kept.tear(&mut self.engine, prng);
+        }
     }
 
     /// The disk that an operation goes to, which is not one beneath.
