@@ -67,9 +67,16 @@ fn most(default: u64) -> u64 {
 
 /// Sequences of requests on two clusters.
 fn scopes(len: usize, images: &[ImageSpec], most: u64) {
+    scopes_with(len, images, 0, most);
+}
+
+/// The same; with a journal, the process is killed in each state of the world.
+fn scopes_with(len: usize, images: &[ImageSpec], journal: u32, most: u64) {
+    let mut kills = 0;
     let (mut nodes, mut states, mut cut) = (0, 0, 0);
     for &image in images {
-        let workload = scope::on(image);
+        let mut workload = scope::on(image);
+        workload.options.journal = journal;
         let all = scope::alphabet(1 << image.cluster_bits, true);
         for number in 0..all.len().pow(u32::try_from(len).unwrap()) {
             let mut requests = Vec::new();
@@ -82,12 +89,13 @@ fn scopes(len: usize, images: &[ImageSpec], most: u64) {
             let found = found.unwrap_or_else(|what| panic!("{image:?}: {requests:?}\n{what}"));
             nodes += found.nodes;
             states += found.states;
+            kills += found.kills;
             cut += u32::from(found.cut);
         }
     }
     println!(
-        "{len} requests: {nodes} states of the world, {states} crash states; {cut} sequences have \
-         more than {most} states of the world, of which these are the first on both ways"
+        "{len} requests: {nodes} states of the world, {states} crash states, {kills} kills; {cut} \
+         sequences have more than {most} states of the world, of which these are the first on both ways"
     );
 }
 
@@ -98,17 +106,30 @@ fn every_order_of_two_requests() {
     scopes(2, &images, most(2_000));
 }
 
-#[test]
-fn every_order_of_two_requests_with_other_features() {
+/// Images with one other feature each.
+fn others() -> [ImageSpec; 5] {
     let plain = ImageSpec { every: 1, ..ImageSpec::plain(10, 4 << 10) };
-    let images = [
+    [
         ImageSpec { snapshots: 1, ..plain },
         ImageSpec { compressed: 1, cluster_bits: 11, ..plain },
         ImageSpec { compressed: 1, snapshots: 1, cluster_bits: 11, ..plain },
         ImageSpec { data_file: Some(DataFile::Own(2048)), backing: 4096, every: 2, ..plain },
         ImageSpec { extended: true, cluster_bits: 14, backing: 20 << 10, guest: 32 << 10, ..plain },
-    ];
-    scopes(2, &images, most(400));
+    ]
+}
+
+#[test]
+fn every_order_of_two_requests_with_other_features() {
+    scopes(2, &others(), most(400));
+}
+
+#[test]
+fn a_kill_in_every_order_of_two_requests() {
+    let plain = ImageSpec::plain(10, 4 << 10);
+    let backing = 4096;
+    let images = [plain, ImageSpec { every: 1, ..plain }, ImageSpec { backing, ..plain }];
+    scopes_with(2, &images, 2, most(400));
+    scopes_with(2, &others(), 2, most(200));
 }
 
 #[test]

@@ -224,6 +224,9 @@ impl Run {
                 } else if self.recovers && self.prng.one_in(DEATHS_OPENING) {
                     crate::mark!("adopt.death");
                     self.die()?;
+                } else if self.workload.errors != 0 && self.has_failed() {
+                    // A transfer has failed: the journal is kept, and recovered from once more.
+                    self.die()?;
                 } else {
                     self.complete_one()?;
                 }
@@ -574,6 +577,27 @@ impl Run {
             return Err("nothing is in flight, and requests have no answer".into());
         }
         Ok(())
+    }
+
+    fn has_failed(&self) -> bool {
+        let failed = matches!(self.world.engine.health(), Health::Failed(_));
+        self.recovers && failed && self.world.in_flight.is_empty()
+    }
+
+    /// Lets the process die, and its successor recover.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub(crate) fn kill(&mut self) -> Told<()> {
+        self.die()?;
+        for _ in 0..2000 {
+            if self.world.engine.is_ready() {
+                return self.opened();
+            }
+            self.complete_one()?;
+            self.look()?;
+        }
+        Err("recovery does not end".into())
     }
 
     /// Is the image being served?
