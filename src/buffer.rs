@@ -28,7 +28,9 @@ pub struct Area {
 
 // SAFETY: the memory is never unmapped, and all access from here is by copying through raw
 // pointers; two threads that race on the same bytes would be a bug, so each area has one owner
-// (the queue thread, or the control plane) and `Area` is moved to it, not shared.
+// (a queue thread, or the control plane). The one that queue threads share is that of the buffers of
+// copies: of each buffer one operation at a time is under way, and the lock around the engine lies
+// between one and the next.
 unsafe impl Send for Area {}
 
 /// A checked range of an [`Area`], as an operation names it.
@@ -104,6 +106,23 @@ impl Area {
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
     }
 
+    /// Reads up to `len` bytes at `offset` of a file to `at`: how many, at least one.
+    pub fn read_from(&self, file: &File, offset: u64, at: usize, len: usize) -> io::Result<u32> {
+        assert!(self.writable, "a read-only mapping is not written to");
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        let to = self.pointer(at, len).cast();
+        // SAFETY: the range was checked, and the mapping is writable.
+        moved(|| unsafe { libc::pread(file.as_raw_fd(), to, len, offset) })
+    }
+
+    /// Writes up to `len` bytes from `at` on to `offset` of a file: how many, at least one.
+    pub fn write_to(&self, file: &File, offset: u64, at: usize, len: usize) -> io::Result<u32> {
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        let from = self.pointer(at, len).cast();
+        // SAFETY: the range was checked.
+        moved(|| unsafe { libc::pwrite(file.as_raw_fd(), from, len, offset) })
+    }
+
     /// Makes the `len` bytes from `at` on zero.
     pub fn zero(&self, at: usize, len: usize) {
         assert!(self.writable, "a read-only mapping is not written to");
@@ -127,6 +146,22 @@ impl Area {
     }
 }
 
+/// The count that a system call returns, tried again when it was interrupted.
+fn moved(call: impl Fn() -> isize) -> io::Result<u32> {
+    loop {
+        match u32::try_from(call()) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => return Ok(count),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,6 +175,19 @@ mod tests {
         assert_eq!(&bytes, b"\0qcow2\0");
         area.zero(4094, 5);
         assert_eq!(area.read::<u32>(4096), 0);
+    }
+
+    #[test]
+    fn what_is_written_to_a_file_is_read_from_it() {
+        let file = tempfile::tempfile().unwrap();
+        let area = Area::new(100).unwrap();
+        area.copy_in(10, b"qcow2");
+        assert_eq!(area.write_to(&file, 3, 10, 5).unwrap(), 5);
+        assert_eq!(area.read_from(&file, 4, 20, 50).unwrap(), 4);
+        let mut bytes = [1; 5];
+        area.copy_out(20, &mut bytes);
+        assert_eq!(&bytes, b"cow2\0");
+        assert!(area.read_from(&file, 8, 20, 50).is_err(), "nothing is not a success");
     }
 
     #[test]

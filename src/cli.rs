@@ -1,11 +1,15 @@
 //! The command line.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
+use crate::device::Recovery;
 use crate::lock;
+use crate::payload::DataPath;
 
 /// Serves a qcow2 image as a block device /dev/ublkbN.
 #[derive(Debug, Parser)]
@@ -44,6 +48,20 @@ exclusive open): something that opens the device in the moment between is not se
 Returns when the image is closed and its locks are released. Waits 15 s for a device that makes no
 progress, and at most 60 s.")]
     Del(DelArgs),
+    /// Serve a device again whose server has died; needs `add --recovery`.
+    #[command(after_help = "\
+Serves the same image with the options of its `add`, and prints the device's path when it goes on.
+What the dead server had acknowledged is all there. Needs a boot that has not ended: after a power
+cut, `add` is what serves the image again, and what was not flushed is lost.
+
+If it fails, the device stays as it is, and `recover` can be tried again.")]
+    Recover(RecoverArgs),
+    /// Let the server of a device end and the device wait for another: an upgrade under way.
+    #[command(after_help = "\
+Requests under way end, the image is closed, the server ends; the device stays, and requests wait
+until `ublk-qcow2 recover -n ID` serves them, with this or another version of the program. No
+request fails. Needs `add --recovery` and Linux 6.16.")]
+    Quiesce(QuiesceArgs),
     /// Show ublk devices, also those of other servers.
     List(ListArgs),
     /// Check the tables of an image, and repair them.
@@ -73,7 +91,7 @@ fields of `qemu-img info --output=json`, and \"features\" and \"stale-bitmaps\" 
 }
 
 /// `add`
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AddArgs {
     /// The qcow2 image: a file or a block device.
     #[arg(short = 'f', long = "file", value_name = "IMAGE")]
@@ -84,12 +102,17 @@ pub struct AddArgs {
           value_parser = clap::value_parser!(u32).range(0..1 << 20))]
     pub number: Option<u32>,
 
-    /// Number of queues.
-    #[arg(short = 'q', long = "queues", value_name = "N", default_value_t = 1)]
+    /// Number of queues, each with a thread of its own; at most as many as there are CPUs.
+    #[arg(short = 'q', long = "queues", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=64))]
     pub queues: u16,
 
-    /// Requests per queue that can be under way at the same time; each has a buffer of 512 KiB of
-    /// address space.
+    /// How the bytes of requests travel; the best that the kernel has if left out.
+    #[arg(long, value_name = "PATH", value_enum)]
+    pub data_path: Option<DataPath>,
+
+    /// Requests per queue that can be under way at the same time; without zero copy, each has a
+    /// buffer of 512 KiB of address space.
     #[arg(short = 'd', long = "depth", value_name = "DEPTH", default_value_t = 128,
           value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub depth: u16,
@@ -118,6 +141,12 @@ pub struct AddArgs {
     /// QEMU's image locks, on backing files and data files too.
     #[arg(long, value_enum, default_value_t)]
     pub lock: lock::Policy,
+
+    /// Let the device outlive its server: what happens to requests after that has died, until
+    /// `ublk-qcow2 recover` has started another. No acknowledged write is lost. Off if left out:
+    /// then a dead server is as a disk that was unplugged.
+    #[arg(long, value_name = "MODE", value_enum)]
+    pub recovery: Option<Recovery>,
 
     /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device.
     #[arg(long)]
@@ -148,8 +177,40 @@ pub struct AddArgs {
     pub stress: bool,
 }
 
+impl AddArgs {
+    /// The same from any folder.
+    pub fn absolute(&self) -> io::Result<Self> {
+        let mut args = self.clone();
+        let paths = args.data_file.iter_mut().chain(&mut args.allow_backing);
+        for path in paths.chain([&mut args.file]) {
+            *path = std::path::absolute(&*path)?;
+        }
+        Ok(args)
+    }
+}
+
+/// `recover`
+#[derive(Args, Debug)]
+pub struct RecoverArgs {
+    /// The device number N of /dev/ublkbN.
+    #[arg(short = 'n', long = "number", value_name = "ID")]
+    pub number: u32,
+
+    /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device.
+    #[arg(long)]
+    pub foreground: bool,
+}
+
+/// `quiesce`
+#[derive(Args, Debug)]
+pub struct QuiesceArgs {
+    /// The device number N of /dev/ublkbN.
+    #[arg(short = 'n', long = "number", value_name = "ID")]
+    pub number: u32,
+}
+
 /// `add --discard`
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Discard {
     /// Gives the host space back.
     #[default]

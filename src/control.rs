@@ -102,9 +102,40 @@ impl Control {
         self.exchange(ublk::GET_PARAMS, id, Params { len, ..Params::default() })
     }
 
+    /// The CPUs whose requests go to a queue.
+    pub fn affinity(&mut self, id: u32, queue: u16) -> Result<Vec<usize>, ControlError> {
+        const BYTES: usize = 1024;
+        let len = u16::try_from(BYTES).unwrap_or(0);
+        self.scratch.zero(0, BYTES);
+        self.send(ublk::GET_QUEUE_AFFINITY, id, queue.into(), len, LIMIT)?;
+        let mut mask = [0u8; BYTES];
+        self.scratch.copy_out(0, &mut mask);
+        // Words in the machine's order: on those with the lowest byte first, bytes count up.
+        let set = |cpu: &usize| mask[cpu / 8] >> (cpu % 8) & 1 != 0;
+        Ok((0..BYTES * 8).filter(set).collect())
+    }
+
     /// Makes the block device. Every tag has to be fetched, or about to be.
     pub fn start(&mut self, id: u32, pid: u32) -> Result<(), ControlError> {
         self.plain(ublk::START_DEV, id, u64::from(pid), LIMIT)
+    }
+
+    /// Takes over a device that has no server any more; EBUSY while the dead one's character device
+    /// is still being closed.
+    pub fn start_recovery(&mut self, id: u32) -> Result<(), ControlError> {
+        self.plain(ublk::START_USER_RECOVERY, id, 0, LIMIT)
+    }
+
+    /// The device goes on with the server `pid`. Every tag has to be fetched, or about to be.
+    pub fn end_recovery(&mut self, id: u32, pid: u32) -> Result<(), ControlError> {
+        self.plain(ublk::END_USER_RECOVERY, id, u64::from(pid), LIMIT)
+    }
+
+    /// Lets requests under way end, and then takes the device from its server; EBUSY if they do not
+    /// end within `limit`.
+    pub fn quiesce(&mut self, id: u32, limit: Duration) -> Result<(), ControlError> {
+        let ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        self.plain(ublk::QUIESCE_DEV, id, ms, limit + LIMIT)
     }
 
     /// Stops the device, also one that is open, after its requests have ended.

@@ -71,6 +71,7 @@ fn delete(control: &mut Control, features: u64, id: u32, force: bool) -> Result<
         }
         None => {
             refuse_others(control, id, &info)?;
+            refuse_recoverable(id, &info, force)?;
             remove(control, id, force)
         }
     }
@@ -103,6 +104,29 @@ fn refuse_others(control: &mut Control, id: u32, info: &DevInfo) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Fails for a device whose dead server has left what another could bring back.
+fn refuse_recoverable(id: u32, info: &DevInfo, force: bool) -> Result<()> {
+    let Some(state) = State::of(info).filter(|state| state.recipe.is_some()) else {
+        return Ok(());
+    };
+    if force || info.state == ublk::STATE_DEAD {
+        return Ok(());
+    }
+    let users = busy::users(id);
+    match state.handed_over {
+        true if users.is_empty() => Ok(()),
+        true => bail!(
+            "device {id} waits for a server and is in use ({}); `ublk-qcow2 recover -n {id}` \
+             serves it again, --force removes it",
+            busy::phrase(&users)
+        ),
+        false => bail!(
+            "the server of device {id} has died; `ublk-qcow2 recover -n {id}` brings back all that \
+             was acknowledged, --force removes the device without what was not flushed"
+        ),
+    }
 }
 
 /// What the daemon left behind says how its end was.
@@ -181,7 +205,7 @@ impl Daemon {
     /// The daemon of a device, if it is alive and ours. (The driver's own record of the server is
     /// gone as soon as the device has stopped, while the daemon still closes the image.)
     fn of(id: u32, info: &DevInfo) -> Option<Self> {
-        let pid = device::marked_pid(info)?;
+        let pid = State::server_of(info)?;
         // Opened before the name is looked at: from here on the number cannot become another's.
         let handle = PidFd::open(Pid::from_raw(pid)).ok()?;
         // While the device is live the driver itself says who serves it. Afterwards the number may

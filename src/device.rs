@@ -7,8 +7,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 use crate::control::Control;
+use crate::payload::DataPath;
 use crate::ublk::{self, DevInfo, ParamBasic, ParamDiscard, Params};
 
 /// Bytes of the largest request. A buffer of this size exists for each tag.
@@ -22,7 +25,15 @@ const NODE_LIMIT: Duration = Duration::from_secs(10);
 pub struct Wanted {
     /// The number in `/dev/ublkbN`; `None`: the first free one.
     pub id: Option<u32>,
+    /// How many queues there are to be; the driver makes no more than there are CPUs.
+    pub queues: u16,
     pub depth: u16,
+    /// The data path, unless the best is to be taken.
+    pub path: Option<DataPath>,
+    /// What happens to requests while there is no server, if the device outlives it.
+    pub recovery: Option<Recovery>,
+    /// What the memory of requests has to be aligned to, where their pages go down.
+    pub memory_alignment: u32,
     /// Bytes of the virtual disk.
     pub size: u64,
     /// Bytes of a logical block: 512 or 4096.
@@ -32,10 +43,43 @@ pub struct Wanted {
     pub read_only: bool,
 }
 
+/// What happens to requests when the server of a device has died. The device stays, and `recover`
+/// starts another server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Recovery {
+    /// Those that the dead server had fail; new ones wait for its successor.
+    Queue,
+    /// All wait, and what the dead server had is sent again.
+    Reissue,
+    /// All fail until there is a successor (Linux 6.13).
+    Fail,
+}
+
+impl Recovery {
+    fn flags(self) -> u64 {
+        ublk::F_USER_RECOVERY
+            | match self {
+                Self::Queue => 0,
+                Self::Reissue => ublk::F_USER_RECOVERY_REISSUE,
+                Self::Fail => ublk::F_USER_RECOVERY_FAIL_IO,
+            }
+    }
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queue => "queue",
+            Self::Reissue => "reissue",
+            Self::Fail => "fail",
+        }
+    }
+}
+
 /// A device that was added. [`delete`](Self::delete) it in every case.
 #[derive(Clone, Copy, Debug)]
 pub struct Device {
     pub info: DevInfo,
+    pub path: DataPath,
     wanted: Wanted,
 }
 
@@ -76,29 +120,78 @@ impl Device {
             );
         }
         let features = control.features()?;
+        let path = choose(features, wanted.path)?;
+        let recovery = wanted.recovery.map_or(0, Recovery::flags);
+        if features & recovery != recovery {
+            bail!(
+                "the kernel's ublk driver has not what --recovery {} needs; it takes Linux {}",
+                wanted.recovery.map_or("", Recovery::name),
+                if recovery & ublk::F_USER_RECOVERY_FAIL_IO == 0 { "6.1" } else { "6.13" }
+            );
+        }
         let asked = DevInfo {
-            nr_hw_queues: 1,
+            nr_hw_queues: wanted.queues,
             queue_depth: wanted.depth,
             max_io_buf_bytes: MAX_REQUEST,
             dev_id: wanted.id.unwrap_or(u32::MAX),
-            flags: ublk::F_WANTED & features,
+            flags: ublk::F_WANTED & features
+                | path.flags()
+                | recovery
+                | upgrade(features, recovery),
             ublksrv_flags: mark(std::process::id()),
             ..DevInfo::default()
         };
         let info =
             control.add(&asked).map_err(|error| explain(error.errno, error.into(), wanted.id))?;
-        let device = Self { info, wanted };
+        let device = Self { info, path, wanted };
         // The driver masks flags that it does not know without a word.
-        if info.flags & asked.flags != asked.flags || info.nr_hw_queues != 1 {
+        if info.flags & asked.flags != asked.flags || info.nr_hw_queues > wanted.queues {
             device.delete(control);
             bail!(
-                "the ublk driver changed what was asked for: flags {:#x} became {:#x}, 1 queue {}",
+                "the ublk driver changed what was asked for: flags {:#x} became {:#x}, {} queues \
+                 {}",
                 asked.flags,
                 info.flags,
+                wanted.queues,
                 info.nr_hw_queues
             );
         }
         Ok(device)
+    }
+
+    /// A device that has lost its server, to be served by this process.
+    pub fn resume(info: DevInfo, wanted: Wanted) -> Result<Self> {
+        let has = |path: &DataPath| info.flags & path.flags() == path.flags();
+        let path = DataPath::ALL.into_iter().find(has).context("the device has no data path")?;
+        Ok(Self { info, path, wanted })
+    }
+
+    /// Takes the device over from the dead server; requests wait until
+    /// [`finish_resume`](Self::finish_resume).
+    pub fn begin_resume(&self, control: &mut Control) -> Result<()> {
+        let deadline = Instant::now() + NODE_LIMIT;
+        loop {
+            match control.start_recovery(self.id()) {
+                Err(error) if error.errno == libc::EBUSY && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) if error.errno == libc::EBUSY => {
+                    bail!("device {} still has its dead server's character device open", self.id())
+                }
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    /// The device goes on. Every tag has to be fetched.
+    pub fn finish_resume(&self, control: &mut Control) -> Result<PathBuf> {
+        control.end_recovery(self.id(), std::process::id())?;
+        Ok(block_path(self.id()))
+    }
+
+    /// How many queues there are.
+    pub fn queues(&self) -> u16 {
+        self.info.nr_hw_queues
     }
 
     /// The device's number.
@@ -156,8 +249,13 @@ impl Device {
         };
         let len = u32::try_from(size_of::<Params>())?;
         let writable = if self.wanted.read_only { 0 } else { ublk::PARAM_DISCARD };
-        let types = ublk::PARAM_BASIC | writable;
-        let params = Params { len, types, basic, discard, ..Params::default() };
+        let mut types = ublk::PARAM_BASIC | writable;
+        let alignment = self.wanted.memory_alignment;
+        if self.path == DataPath::ZeroCopy && alignment > 1 {
+            types |= ublk::PARAM_DMA_ALIGN;
+        }
+        let dma_alignment = alignment.saturating_sub(1);
+        let params = Params { len, types, basic, discard, dma_alignment, ..Params::default() };
         Ok(control.set_params(self.id(), params)?)
     }
 
@@ -219,6 +317,27 @@ fn is_not_there_yet(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::ENOENT | libc::ENXIO | libc::ENODEV | libc::EACCES | libc::EPERM | libc::EBUSY)
     )
+}
+
+/// What lets a server be replaced without one failed request, where a device outlives its server.
+fn upgrade(features: u64, recovery: u64) -> u64 {
+    if recovery == 0 { 0 } else { features & ublk::F_QUIESCE }
+}
+
+/// The data path: the one that was asked for, or the best that the driver has.
+fn choose(features: u64, wanted: Option<DataPath>) -> Result<DataPath> {
+    let has = |path: &DataPath| features & path.flags() == path.flags();
+    match wanted {
+        Some(path) if has(&path) => Ok(path),
+        Some(path) => {
+            let best = choose(features, None)?.name();
+            bail!(
+                "the kernel's ublk driver has no data path {}; leave --data-path out to use {best}",
+                path.name()
+            )
+        }
+        None => Ok(DataPath::ALL.into_iter().find(has).unwrap_or(DataPath::Copy)),
+    }
 }
 
 fn explain(errno: i32, error: anyhow::Error, id: Option<u32>) -> anyhow::Error {

@@ -1,11 +1,15 @@
 //! From an engine [`Op`] to an io_uring operation, and from its completion back to an [`Outcome`].
 //!
 //! What lives here and nowhere else: retry of EINTR and EAGAIN, reads that end at the end of the
-//! file, the staging blocks, the buffers of requests and copies, and what to do where fallocate or
-//! ftruncate are missing. Compressed clusters are the [`pool`](crate::pool)'s.
+//! file, the staging blocks, the buffers of copies, and what to do where fallocate or ftruncate are
+//! missing. Compressed clusters are the [`pool`](crate::pool)'s, the bytes of requests the
+//! [`payload`](crate::payload)'s.
 //!
-//! **Invariant:** nothing here calls into [`Engine::complete`]; outcomes are returned, and the loop
-//! in `queue.rs` hands them on, so nothing recurses.
+//! Each queue has a driver of its own. Only [`Driver::stage`] and [`Driver::finish`] see the engine,
+//! and move no more than the bytes of metadata: they are what happens with the engine locked.
+//!
+//! **Invariant:** outcomes are returned, and the loop in `queue.rs` hands them on, so nothing
+//! recurses.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -15,7 +19,8 @@ use qcow2::{COPY_BUFFER, Compressed, Engine, IoErrorKind, Op, OpKind, Outcome};
 use crate::buffer::{Area, PAGE, Piece};
 use crate::errno;
 use crate::files::{FileKind, Files, Source};
-use crate::pool::Pool;
+use crate::payload::Payload;
+use crate::pool::{Pool, Workers};
 use crate::ring::Io;
 
 /// The largest `WriteZeros` the engine asks for.
@@ -27,60 +32,32 @@ const MAX_TRIES: u32 = 1000;
 /// Gives up on a read that ends early without being at the end of the file.
 const MAX_PARTS: u32 = 16;
 
-/// The data path "copy": the driver copies each request's payload to and from a buffer of its tag.
-///
-/// Another data path (registered request pages, pread on the character device) replaces this
-/// type: the rest asks it only for the address to fetch with and for a piece of a request.
-pub struct TagBuffers {
-    area: Area,
-    bytes: u32,
-}
-
-impl TagBuffers {
-    /// Buffers of `bytes` bytes for `depth` tags; pages are committed when first used.
-    pub fn new(depth: u16, bytes: u32) -> io::Result<Self> {
-        Ok(Self { area: Area::new(usize::from(depth) * bytes as usize)?, bytes })
-    }
-
-    /// What a FETCH or COMMIT of this tag says.
-    pub fn address(&self, tag: u16) -> u64 {
-        self.piece(tag, 0, self.bytes).address() as u64
-    }
-
-    fn start(&self, tag: u16, at: u32, len: u32) -> usize {
-        let end = u64::from(at) + u64::from(len);
-        assert!(end <= u64::from(self.bytes), "an operation stays inside its request's buffer");
-        usize::from(tag) * self.bytes as usize + at as usize
-    }
-
-    fn piece(&self, tag: u16, at: u32, len: u32) -> Piece {
-        self.area.piece(self.start(tag, at, len), len)
-    }
-
-    fn zero(&self, tag: u16, at: u32, len: u32) {
-        self.area.zero(self.start(tag, at, len), len as usize);
-    }
-
-    fn copy_in(&self, tag: u16, at: u32, from: &[u8]) {
-        let len = u32::try_from(from.len()).expect("an operation's length is a u32");
-        self.area.copy_in(self.start(tag, at, len), from);
-    }
-}
-
 /// An operation in flight.
 #[derive(Clone, Copy, Debug)]
 pub struct Flight {
-    op: Op,
+    staged: Staged,
     io: Io,
-    /// The staging block of a metadata operation.
-    block: Option<u32>,
-    /// Bytes of a read of metadata, or of a copy, that are there already.
+    /// Bytes of a read of metadata, of a copy, or of zeros, that are there already.
     have: u32,
     /// Reads that it took so far.
     parts: u32,
     tries: u32,
     /// Whether fallocate was refused and this is the ftruncate in its place.
     fallback: bool,
+}
+
+/// An operation that the engine wants carried out, and its staging block if it is one of metadata.
+#[derive(Clone, Copy, Debug)]
+pub struct Staged {
+    op: Op,
+    block: Option<u32>,
+}
+
+/// An operation that has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    staged: Staged,
+    outcome: Outcome,
 }
 
 /// What comes next for an operation.
@@ -90,13 +67,13 @@ pub enum Step {
     /// It waits for a cluster to be inflated, and ends in [`Driver::inflated`].
     Pooled,
     /// It has ended.
-    Ended(Op, Outcome),
+    Ended(Ended),
 }
 
 /// The files of an image and the memory that its operations use.
 pub struct Driver {
     files: Files,
-    buffers: TagBuffers,
+    payload: Payload,
     zeros: Area,
     staging: Area,
     free_blocks: Vec<u32>,
@@ -105,30 +82,50 @@ pub struct Driver {
     can_truncate: bool,
 }
 
+/// What the drivers of all queues have in common.
+#[derive(Clone)]
+pub struct Common {
+    pub files: Files,
+    zeros: Area,
+    copies: Area,
+    workers: Workers,
+}
+
+impl Common {
+    /// `copy_buffers`: how many the engine uses.
+    pub fn new(files: Files, copy_buffers: usize) -> io::Result<Self> {
+        Ok(Self {
+            files,
+            zeros: Area::new(ZEROS)?,
+            copies: Area::new(copy_buffers * COPY_BUFFER as usize)?,
+            workers: Workers::new()?,
+        })
+    }
+}
+
 impl Driver {
-    /// `operations` is how many may be in flight, `copy_buffers` how many buffers the engine uses.
+    /// `operations` is how many may be in flight.
     pub fn new(
-        files: Files,
-        buffers: TagBuffers,
+        common: &Common,
+        payload: Payload,
         operations: u32,
-        copy_buffers: usize,
         can_truncate: bool,
     ) -> io::Result<Self> {
         Ok(Self {
-            files,
-            copies: Area::new(copy_buffers * COPY_BUFFER as usize)?,
-            buffers,
-            zeros: Area::new(ZEROS)?,
+            files: common.files.clone(),
+            payload,
+            zeros: common.zeros,
             staging: Area::new(operations as usize * PAGE)?,
             free_blocks: (0..operations).rev().collect(),
-            pool: Pool::new()?,
+            copies: common.copies,
+            pool: Pool::new(&common.workers)?,
             can_truncate,
         })
     }
 
-    /// What a FETCH or COMMIT of this tag says.
-    pub fn address(&self, tag: u16) -> u64 {
-        self.buffers.address(tag)
+    /// The payload of requests.
+    pub fn payload(&self) -> &Payload {
+        &self.payload
     }
 
     /// The descriptor to read eight bytes from to be woken for [`inflated`](Self::inflated).
@@ -136,46 +133,51 @@ impl Driver {
         self.pool.wake_fd()
     }
 
+    /// Takes an operation from the engine: what it writes of metadata is what the engine has now.
+    pub fn stage(&mut self, engine: &Engine, op: Op) -> Staged {
+        let block = match op.kind {
+            OpKind::MetaRead { .. } | OpKind::MetaWrite { .. } => {
+                Some(self.free_blocks.pop().expect("one block for each operation in flight"))
+            }
+            _ => None,
+        };
+        if let (OpKind::MetaWrite { len, .. }, Some(index)) = (op.kind, block) {
+            let bytes = engine.staging(op.id);
+            assert!(bytes.len() == len as usize, "a staging block holds what is written");
+            self.staging.copy_in(block_start(index), bytes);
+        }
+        Staged { op, block }
+    }
+
     /// The first step of an operation.
-    pub fn start(&mut self, engine: &Engine, op: Op) -> Step {
+    pub fn start(&mut self, staged: Staged) -> Step {
+        let op = staged.op;
         let Some(file) = self.files.get(op.file) else {
-            return Step::Ended(op, Outcome::Error(IoErrorKind::Io));
+            return ended(staged, Outcome::Error(IoErrorKind::Io));
         };
         let fd = file.fd();
-        let mut block = None;
         let io = match op.kind {
-            OpKind::Read { tag, at, offset, len } => {
-                Io::Read { fd, to: self.buffers.piece(tag, at, len), offset }
-            }
-            OpKind::Write { tag, at, offset, len } => {
-                Io::Write { fd, from: self.buffers.piece(tag, at, len), offset }
-            }
+            OpKind::Read { tag, at, offset, len } => self.payload.read(fd, offset, tag, at, len),
+            OpKind::Write { tag, at, offset, len } => self.payload.write(fd, offset, tag, at, len),
             OpKind::Inflate { source, .. } | OpKind::CopyInflate { source, .. } => {
-                return self.inflate(op, source);
+                return self.inflate(staged, source);
             }
-            OpKind::Fill { tag, at, len } => {
-                self.buffers.zero(tag, at, len);
-                return Step::Ended(op, Outcome::Done);
-            }
+            OpKind::Fill { tag, at, len } => match self.payload.zero(tag, at, len) {
+                Some(io) => io,
+                None => return ended(staged, Outcome::Done),
+            },
             OpKind::CopyFill { buffer, at, len } => {
                 self.copies.zero(copy_start(buffer, at, len), len as usize);
-                return Step::Ended(op, Outcome::Done);
+                return ended(staged, Outcome::Done);
             }
             OpKind::WriteZeros { offset, len } => {
                 Io::Write { fd, from: self.zeros.piece(0, len), offset }
             }
             OpKind::MetaRead { offset, len } => {
-                let (index, piece) = self.take_block(len);
-                block = Some(index);
-                Io::Read { fd, to: piece, offset }
+                Io::Read { fd, to: self.block(staged, len), offset }
             }
             OpKind::MetaWrite { offset, len } => {
-                let (index, piece) = self.take_block(len);
-                block = Some(index);
-                let bytes = engine.staging(op.id);
-                assert!(bytes.len() == len as usize, "a staging block holds what is written");
-                self.staging.copy_in(block_start(index), bytes);
-                Io::Write { fd, from: piece, offset }
+                Io::Write { fd, from: self.block(staged, len), offset }
             }
             OpKind::CopyRead { buffer, at, offset, len } => {
                 Io::Read { fd, to: self.copy(buffer, at, len), offset }
@@ -195,64 +197,75 @@ impl Driver {
             OpKind::Sync => Io::Sync { fd },
             OpKind::Extend { from, to } => match extend(file, from, to) {
                 Ok(io) => io,
-                Err(outcome) => return Step::Ended(op, outcome),
+                Err(outcome) => return ended(staged, outcome),
             },
             OpKind::Truncate { to } => match self.truncate(file, to) {
                 Ok(io) => io,
-                Err(outcome) => return Step::Ended(op, outcome),
+                Err(outcome) => return ended(staged, outcome),
             },
         };
-        let flight = Flight { op, io, block, have: 0, parts: 0, tries: 0, fallback: false };
-        Step::Submit(flight, io)
+        Step::Submit(Flight { staged, io, have: 0, parts: 0, tries: 0, fallback: false }, io)
     }
 
     /// The step after a completion with `result`.
-    pub fn next(&mut self, engine: &mut Engine, mut flight: Flight, result: i32) -> Step {
+    pub fn next(&mut self, mut flight: Flight, result: i32) -> Step {
         if matches!(-result, libc::EINTR | libc::EAGAIN) && flight.tries < MAX_TRIES {
             flight.tries += 1;
             return Step::Submit(flight, flight.io);
         }
-        let outcome = match (flight.op.kind, u32::try_from(result)) {
+        let op = flight.staged.op;
+        let again = match (op.kind, u32::try_from(result)) {
             (OpKind::Extend { to, .. }, Err(_)) if !flight.fallback && is_refusal(-result) => {
-                match self.lengthen(flight.op, to) {
-                    Ok(io) => {
-                        let flight = Flight { io, fallback: true, ..flight };
-                        return Step::Submit(flight, io);
-                    }
-                    Err(outcome) => outcome,
-                }
+                flight.fallback = true;
+                self.lengthen(op, to)
             }
-            (_, Err(_)) => Outcome::Error(errno::kind_of(-result)),
+            (_, Err(_)) => Err(Outcome::Error(errno::kind_of(-result))),
             (
                 OpKind::MetaRead { offset, len } | OpKind::CopyRead { offset, len, .. },
                 Ok(count),
-            ) => match self.read_more(&mut flight, offset, len, count) {
-                Ok(Some(io)) => return Step::Submit(Flight { io, ..flight }, io),
-                Ok(None) => self.hand_over(engine, &flight, len),
-                Err(outcome) => outcome,
-            },
-            (kind, Ok(count)) => counted(kind, count),
+            ) => self.read_more(&mut flight, offset, len, count),
+            (OpKind::Fill { tag, at, len }, Ok(count)) => {
+                self.zero_more(&mut flight, tag, at, len, count)
+            }
+            (kind, Ok(count)) => Err(counted(kind, count)),
         };
-        if let Some(index) = flight.block {
-            self.free_blocks.push(index);
+        match again {
+            Ok(io) => Step::Submit(Flight { io, ..flight }, io),
+            Err(outcome) => ended(flight.staged, outcome),
         }
-        Step::Ended(flight.op, outcome)
     }
 
-    fn inflate(&mut self, op: Op, source: Compressed) -> Step {
+    /// Hands an operation that has ended back to the engine, with the metadata that it has read.
+    pub fn finish(&mut self, engine: &mut Engine, ended: Ended) {
+        let Ended { staged: Staged { op, block }, outcome } = ended;
+        if let Some(index) = block {
+            if let (OpKind::MetaRead { len, .. }, Outcome::Done) = (op.kind, outcome) {
+                let mut bytes = [0; PAGE];
+                let bytes = &mut bytes[..len as usize];
+                self.staging.copy_out(block_start(index), bytes);
+                engine.fill_staging(op.id, bytes);
+            }
+            self.free_blocks.push(index);
+        }
+        engine.complete(op.id, outcome);
+    }
+
+    fn inflate(&mut self, staged: Staged, source: Compressed) -> Step {
+        let op = staged.op;
         let file = self.files.get(op.file).expect("the caller has looked");
         match self.pool.get(file, source, op) {
-            Some(cluster) => Step::Ended(op, deliver(&self.buffers, &self.copies, op, cluster)),
+            Some(cluster) => ended(staged, deliver(&self.payload, &self.copies, op, cluster)),
             None => Step::Pooled,
         }
     }
 
     /// Calls `each` for every operation that has ended with an inflated cluster, or without.
-    pub fn inflated(&mut self, mut each: impl FnMut(Op, Outcome)) {
-        let (buffers, copies) = (&self.buffers, &self.copies);
+    pub fn inflated(&mut self, mut each: impl FnMut(Ended)) {
+        let (payload, copies) = (&self.payload, &self.copies);
         self.pool.take(|op, cluster| {
             let failed = Outcome::Error(IoErrorKind::Io);
-            each(op, cluster.map_or(failed, |cluster| deliver(buffers, copies, op, cluster)));
+            let outcome = cluster.map_or(failed, |bytes| deliver(payload, copies, op, bytes));
+            each(Ended { staged: Staged { op, block: None }, outcome });
         });
     }
 
@@ -260,15 +273,15 @@ impl Driver {
         self.copies.piece(copy_start(buffer, at, len), len)
     }
 
-    fn take_block(&mut self, len: u32) -> (u32, Piece) {
+    fn block(&self, staged: Staged, len: u32) -> Piece {
         assert!(len as usize <= PAGE, "a metadata operation fits a staging block");
-        let index = self.free_blocks.pop().expect("one block for each operation in flight");
-        (index, self.staging.piece(block_start(index), len))
+        let index = staged.block.expect("an operation on metadata has a staging block");
+        self.staging.piece(block_start(index), len)
     }
 
     /// Where a read of metadata or of a copy goes to.
     fn place(&self, flight: &Flight) -> (&Area, usize) {
-        match (flight.op.kind, flight.block) {
+        match (flight.staged.op.kind, flight.staged.block) {
             (OpKind::CopyRead { buffer, at, len, .. }, _) => {
                 (&self.copies, copy_start(buffer, at, len))
             }
@@ -278,32 +291,32 @@ impl Driver {
         }
     }
 
-    /// After `count` more bytes of a read of metadata or of a copy: the read of the rest, or `None`
-    /// when all is there. Zeros only stand for what lies behind the end of the file; a file that
-    /// has become shorter, or a read that ends early for an error further on, must not become
-    /// zeros.
+    /// After `count` more bytes of a read of metadata or of a copy: the read of the rest, or how it
+    /// ended. Zeros only stand for what lies behind the end of the file; a file that has become
+    /// shorter, or a read that ends early for an error further on, must not become zeros.
     fn read_more(
         &self,
         flight: &mut Flight,
         offset: u64,
         len: u32,
         count: u32,
-    ) -> Result<Option<Io>, Outcome> {
+    ) -> Result<Io, Outcome> {
         let wrong = Err(Outcome::Error(IoErrorKind::Io));
-        let Some(file) = self.files.get(flight.op.file) else { return wrong };
+        let Staged { op, block } = flight.staged;
+        let Some(file) = self.files.get(op.file) else { return wrong };
         flight.have = (flight.have + count).min(len);
         if flight.have == len {
-            return Ok(None);
+            return Err(Outcome::Done);
         }
         let end = file.end().map_err(|error| failed(&error))?;
         let (area, start) = self.place(flight);
         if offset + u64::from(flight.have) >= end {
-            if flight.have == 0 && flight.block.is_some() {
+            if flight.have == 0 && block.is_some() {
                 // A page of metadata begins inside the file, or somebody has cut the file off.
                 return wrong;
             }
             area.zero(start + flight.have as usize, (len - flight.have) as usize);
-            return Ok(None);
+            return Err(Outcome::Done);
         }
         flight.parts += 1;
         if flight.parts >= MAX_PARTS {
@@ -312,18 +325,26 @@ impl Driver {
         // Direct I/O goes on at such a boundary only; the bytes before it are read again.
         flight.have -= flight.have % file.alignment;
         let to = area.piece(start + flight.have as usize, len - flight.have);
-        Ok(Some(Io::Read { fd: file.fd(), to, offset: offset + u64::from(flight.have) }))
+        Ok(Io::Read { fd: file.fd(), to, offset: offset + u64::from(flight.have) })
     }
 
-    /// All bytes of a read are there: those of metadata go to the engine.
-    fn hand_over(&self, engine: &mut Engine, flight: &Flight, len: u32) -> Outcome {
-        if let Some(index) = flight.block {
-            let mut bytes = [0; PAGE];
-            let bytes = &mut bytes[..len as usize];
-            self.staging.copy_out(block_start(index), bytes);
-            engine.fill_staging(flight.op.id, bytes);
+    /// After `count` more zeros: the rest of them, or how it ended.
+    fn zero_more(
+        &self,
+        flight: &mut Flight,
+        tag: u16,
+        at: u32,
+        len: u32,
+        count: u32,
+    ) -> Result<Io, Outcome> {
+        flight.have = (flight.have + count).min(len);
+        if count == 0 {
+            return Err(Outcome::Error(IoErrorKind::Io));
         }
-        Outcome::Done
+        if flight.have == len {
+            return Err(Outcome::Done);
+        }
+        self.payload.zero(tag, at + flight.have, len - flight.have).ok_or(Outcome::Done)
     }
 
     /// A longer sparse file, where the file system has no fallocate. Never a shorter one.
@@ -354,13 +375,19 @@ impl Driver {
     }
 }
 
+fn ended(staged: Staged, outcome: Outcome) -> Step {
+    Step::Ended(Ended { staged, outcome })
+}
+
 /// Copies what an operation wants of an inflated cluster to where it wants it.
-fn deliver(buffers: &TagBuffers, copies: &Area, op: Op, cluster: &[u8]) -> Outcome {
+fn deliver(payload: &Payload, copies: &Area, op: Op, cluster: &[u8]) -> Outcome {
     let part = |from: u32, len: u32| cluster.get(from as usize..)?.get(..len as usize);
     match op.kind {
         OpKind::Inflate { tag, at, from, len, .. } => {
             let Some(bytes) = part(from, len) else { return Outcome::Error(IoErrorKind::Io) };
-            buffers.copy_in(tag, at, bytes);
+            if let Err(error) = payload.copy_in(tag, at, bytes) {
+                return failed(&error);
+            }
         }
         OpKind::CopyInflate { buffer, at, from, len, .. } => {
             let Some(bytes) = part(from, len) else { return Outcome::Error(IoErrorKind::Io) };

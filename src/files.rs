@@ -189,6 +189,12 @@ pub struct Files {
 }
 
 impl Files {
+    /// What the memory of requests has to be a multiple of so that it can be read into directly.
+    pub fn memory_alignment(&self) -> u32 {
+        let others = self.data.iter().chain(&self.beneath);
+        others.map(|source| source.alignment).fold(self.image.alignment, u32::max)
+    }
+
     /// The file that the engine names, if there is one.
     pub fn get(&self, id: FileId) -> Option<&Source> {
         match id {

@@ -1,8 +1,8 @@
-//! What the main thread and the queue thread tell each other.
+//! What the main thread and the queue threads tell each other.
 //!
-//! To the queue thread: wishes, with an eventfd that its ring reads. To the main thread: events on
-//! a channel, with an eventfd that its poll watches, and a report (counters, health) that is
-//! renewed twice a second and on demand. Nothing here is touched on the path of a guest request.
+//! To the first queue thread: wishes, with an eventfd that its ring reads. To the main thread: events
+//! of all of them on a channel, with an eventfd that its poll watches, and a report (counters,
+//! health) that the first renews twice a second and on demand. Nothing here is touched on the path of a guest request.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -14,12 +14,12 @@ use std::time::Duration;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use qcow2::{Health, Memory, Stats};
 
-/// What the queue thread tells once.
+/// What a queue thread tells once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The engine is ready and the fetch commands are on their way.
     Ready,
-    /// The thread has ended: the image is closed, or the reason why not.
+    /// The thread has ended: the image is closed, or the reason why it is not.
     Ended(Result<(), String>),
 }
 
@@ -31,7 +31,8 @@ pub struct Report {
     pub memory: Memory,
 }
 
-/// The queue thread's end.
+/// The end of a queue thread.
+#[derive(Clone)]
 pub struct QueueEnd {
     shared: Arc<Shared>,
     events: Sender<Event>,

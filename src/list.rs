@@ -56,9 +56,7 @@ impl Entry {
         let info = control.info(id)?;
         // A device that was added but never given parameters has none.
         let params = control.params(id).unwrap_or_default();
-        // What an earlier device of this number left behind does not count.
-        let pid = device::marked_pid(&info).and_then(|pid| u32::try_from(pid).ok());
-        let state = State::load(id).filter(|state| Some(state.pid) == pid);
+        let state = State::of(&info);
         let figures = state.as_ref().and_then(|_| state::figures(id));
         Ok(Self { info, params, state, figures })
     }

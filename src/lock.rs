@@ -11,6 +11,7 @@ use std::fs::File;
 use anyhow::{Result, anyhow};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use serde::{Deserialize, Serialize};
 
 /// QEMU's permissions: reading consistent data, writing, resizing. (Bit 2, writing unchanged data,
 /// nobody refuses to share.)
@@ -32,7 +33,7 @@ const WRITER: Claims =
 const READER: Claims = Claims { held: &[CONSISTENT_READ], unshared: &[WRITE, RESIZE] };
 
 /// What to do about locks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 pub enum Policy {
     /// Take them, or refuse the image.
     #[default]

@@ -22,23 +22,29 @@ mod busy;
 mod check;
 mod cli;
 mod control;
+mod core;
 mod daemon;
+mod decode;
 mod del;
 mod device;
 mod direct;
 mod driver;
 mod errno;
+mod fence;
 mod files;
 mod image_file;
 mod inflate;
 mod info;
+mod journal;
 mod link;
 mod list;
 mod lock;
 mod open;
+mod payload;
 mod pool;
 mod queue;
 mod recover;
+mod resume;
 mod ring;
 mod server;
 mod signals;
@@ -50,10 +56,11 @@ mod ublk;
 use std::env;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Parser;
 use cli::{AddArgs, Cli, Command};
 use daemon::Reporter;
+use server::What;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -68,6 +75,8 @@ fn main() -> ExitCode {
     let (subject, result) = match &cli.command {
         Command::Add(args) => (args.file.to_string_lossy(), add(args).map(|()| 0)),
         Command::Del(args) => ("".into(), del::run(args).map(|()| 0)),
+        Command::Recover(args) => ("".into(), resume::recover(args).map(|()| 0)),
+        Command::Quiesce(args) => ("".into(), resume::quiesce(args).map(|()| 0)),
         Command::List(args) => ("".into(), list::run(args).map(|()| 0)),
         Command::Features => ("".into(), list::features().map(|()| 0)),
         Command::Check(args) => (args.file.to_string_lossy(), check::run(args)),
@@ -83,15 +92,13 @@ fn main() -> ExitCode {
 }
 
 fn add(args: &AddArgs) -> Result<()> {
-    if args.queues != 1 {
-        bail!(
-            "-q {} is not served: one queue is all there is until requests of one image can be \
-             spread over several; leave -q out",
-            args.queues
-        );
-    }
-    if !args.foreground {
-        return daemon::launch(|reporter| server::serve(args, reporter));
+    run_server(args.foreground, |reporter| server::serve(args, What::New, reporter))
+}
+
+/// Runs a server, in a daemon or here.
+pub fn run_server(foreground: bool, serve: impl FnOnce(&mut Reporter) -> Result<()>) -> Result<()> {
+    if !foreground {
+        return daemon::launch(serve);
     }
     // Only here is there a terminal to log to (RUST_LOG=info); a daemon must not write to a file
     // that may lie on its own device.
@@ -99,5 +106,5 @@ fn add(args: &AddArgs) -> Result<()> {
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(std::io::stderr)
         .init();
-    server::serve(args, &mut Reporter::Foreground)
+    serve(&mut Reporter::Foreground)
 }

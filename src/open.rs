@@ -19,6 +19,7 @@ use qcow2::{Engine, Header, Image, Options};
 
 pub use crate::direct::Mode;
 use crate::files::{Files, Source};
+use crate::journal::Journal;
 use crate::{backing, bitmaps, direct, lock, recover, snapshots};
 
 /// What to open, and how.
@@ -37,6 +38,8 @@ pub struct Wanted {
     pub lock: lock::Policy,
     /// For the engine; alignment and fixed size are filled in here.
     pub options: Options,
+    /// The journal of the dead server of this device, to be brought into the image.
+    pub resume: Option<u32>,
 }
 
 /// An image that is ready to be served.
@@ -49,6 +52,8 @@ pub struct Opened {
     pub version: u32,
     pub cluster_bits: u32,
     marks: Option<bitmaps::Marks>,
+    /// Where a dead server's records came from.
+    pub journal: Option<Journal>,
 }
 
 impl Opened {
@@ -99,11 +104,17 @@ pub fn open(wanted: &Wanted) -> Result<Opened> {
     let alignment = data.as_ref().map_or(1, |data| data.alignment).max(file.alignment).max(512);
     let fixed_size = file.kind.is_device();
     let options = Options { alignment, fixed_size, ..wanted.options.clone() };
-    let engine = Engine::new(image, &options)?;
+    let (engine, journal) = match wanted.resume {
+        None => (Engine::new(image, &options)?, None),
+        Some(id) => {
+            let (journal, records) = Journal::open(id, &file)?;
+            (Engine::recover(image, &options, &records)?, Some(journal))
+        }
+    };
     let direct = file.is_direct() && data.as_ref().is_none_or(Source::is_direct);
     let files = Files { image: file, data, beneath: beneath.files };
     let cluster_bits = geometry.cluster_bits();
-    Ok(Opened { files, engine, direct, notes, version, cluster_bits, marks })
+    Ok(Opened { files, engine, direct, notes, version, cluster_bits, marks, journal })
 }
 
 fn read_header(file: &Source, len: u64, read_only: bool) -> Result<Header> {

@@ -4,9 +4,9 @@
 //! for one thread that may block, into memory of its own. On the ring it would take a buffer there
 //! and a second trip through the queue thread, and gain nothing beside what inflating costs.
 //!
-//! **Invariant:** workers never touch the buffers of requests. The queue thread copies out of an
+//! **Invariant:** workers never touch the buffers of requests. A queue thread copies out of an
 //! inflated cluster, into every operation that has waited for it; several for one cluster are
-//! inflated once. It also owns the cache. An entry cannot go stale: nothing here writes compressed
+//! inflated once. It also owns a cache. An entry cannot go stale: nothing here writes compressed
 //! clusters, so where one was, another never comes to be.
 
 use std::collections::HashMap;
@@ -22,7 +22,7 @@ use qcow2::{Compressed, FileId, Op};
 use crate::files::Source;
 use crate::inflate::Inflate;
 
-/// Inflated clusters that are kept, in bytes: four of the largest.
+/// Inflated clusters that each queue keeps, in bytes: four of the largest.
 const CACHE: usize = 8 << 20;
 
 /// At the most; more would take the CPU from the guest for nothing.
@@ -39,43 +39,68 @@ struct Job {
     key: Key,
     file: Source,
     what: Compressed,
+    answer: Answer,
+}
+
+/// Where a worker puts what it has inflated.
+#[derive(Clone)]
+struct Answer {
+    results: Sender<(Key, Inflated)>,
+    ready: Arc<EventFd>,
+}
+
+/// The threads, for all queues. They end with the last copy of this.
+#[derive(Clone)]
+pub struct Workers(Sender<Job>);
+
+impl Workers {
+    /// Starts them.
+    pub fn new() -> io::Result<Self> {
+        let (jobs, take) = channel();
+        let take = Arc::new(Mutex::new(take));
+        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
+        for number in 0..workers {
+            let take = Arc::clone(&take);
+            std::thread::Builder::new()
+                .name(format!("inflate-{number}"))
+                .stack_size(STACK)
+                .spawn(move || work(&take))?;
+        }
+        Ok(Self(jobs))
+    }
 }
 
 /// A cluster, or why there is none.
 type Inflated = Result<Box<[u8]>, String>;
 
-/// The queue thread's end.
+/// The end of one queue thread.
 pub struct Pool {
-    jobs: Sender<Job>,
+    workers: Workers,
     results: Receiver<(Key, Inflated)>,
-    ready: Arc<EventFd>,
+    answer: Answer,
     waiting: HashMap<Key, Vec<Op>>,
     cache: LruCache<Key, Box<[u8]>>,
     cached: usize,
 }
 
 impl Pool {
-    /// Starts the workers.
-    pub fn new() -> io::Result<Self> {
-        let (jobs, take) = channel();
+    /// An end for one more queue thread.
+    pub fn new(workers: &Workers) -> io::Result<Self> {
         let (give, results) = channel();
-        let take = Arc::new(Mutex::new(take));
         let ready = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
-        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
-        for number in 0..workers {
-            let (take, give, ready) = (Arc::clone(&take), give.clone(), Arc::clone(&ready));
-            std::thread::Builder::new()
-                .name(format!("inflate-{number}"))
-                .stack_size(STACK)
-                .spawn(move || work(&take, &give, &ready))?;
-        }
-        let (waiting, cache) = (HashMap::new(), LruCache::unbounded());
-        Ok(Self { jobs, results, ready, waiting, cache, cached: 0 })
+        Ok(Self {
+            workers: workers.clone(),
+            results,
+            answer: Answer { results: give, ready },
+            waiting: HashMap::new(),
+            cache: LruCache::unbounded(),
+            cached: 0,
+        })
     }
 
     /// The descriptor to read eight bytes from to be woken when [`take`](Self::take) has something.
     pub fn wake_fd(&self) -> RawFd {
-        self.ready.as_fd().as_raw_fd()
+        self.answer.ready.as_fd().as_raw_fd()
     }
 
     /// The inflated cluster `what` of `file` if it is at hand. Otherwise it is sent for, and `op`
@@ -88,7 +113,8 @@ impl Pool {
         let waiting = self.waiting.entry(key).or_default();
         waiting.push(op);
         if waiting.len() == 1 {
-            let sent = self.jobs.send(Job { key, file: file.clone(), what });
+            let answer = self.answer.clone();
+            let sent = self.workers.0.send(Job { key, file: file.clone(), what, answer });
             sent.expect("workers live as long as this");
         }
         None
@@ -133,19 +159,18 @@ fn name(file: FileId) -> String {
     }
 }
 
-fn work(jobs: &Mutex<Receiver<Job>>, results: &Sender<(Key, Inflated)>, ready: &EventFd) {
+fn work(jobs: &Mutex<Receiver<Job>>) {
     let mut inflate = Inflate::new();
     let mut memory = Vec::new();
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { key, file, what }) = job else { return };
+        let Ok(Job { key, file, what, answer }) = job else { return };
         let result = one(&mut inflate, &mut memory, &file, what);
         // The file closes with its last copy, which must not be this one.
         drop(file);
-        if results.send((key, result)).is_err() {
-            return;
-        }
-        let _ = ready.write(1);
+        // A queue that is gone does not want it any more.
+        let _ = answer.results.send((key, result));
+        let _ = answer.ready.write(1);
     }
 }
 
@@ -185,7 +210,7 @@ mod tests {
     fn wait(pool: &mut Pool) -> Vec<(u32, Option<Vec<u8>>)> {
         let mut found = Vec::new();
         while !pool.waiting.is_empty() {
-            pool.ready.read().unwrap();
+            pool.answer.ready.read().unwrap();
             pool.take(|op, cluster| found.push((op.id.0, cluster.map(<[u8]>::to_vec))));
         }
         found.sort();
@@ -202,7 +227,7 @@ mod tests {
         let (method, cluster_bits) = (Compression::Zlib, 12);
         let good = Compressed { offset: 300, len: 724, method, cluster_bits };
         let bad = Compressed { offset: 0, len: 512, method, cluster_bits };
-        let mut pool = Pool::new().unwrap();
+        let mut pool = Pool::new(&Workers::new().unwrap()).unwrap();
         for id in 0..3 {
             assert!(pool.get(&file, good, op(id, good)).is_none());
         }
@@ -217,7 +242,7 @@ mod tests {
 
     #[test]
     fn the_cache_has_a_limit_in_bytes() {
-        let mut pool = Pool::new().unwrap();
+        let mut pool = Pool::new(&Workers::new().unwrap()).unwrap();
         for number in 0..20 {
             pool.keep((FileId::Image, number, 1), vec![0; 1 << 20].into_boxed_slice());
         }

@@ -1,50 +1,57 @@
 //! The loop: guest requests in, operations out, completions in, replies out.
 //!
-//! One thread, one ring, one `io_uring_enter` per turn. A turn takes every completion there is
-//! (a ublk command brings a request, a file operation an outcome), then drains the engine:
-//! operations become submissions, replies become COMMIT_AND_FETCH. Nothing blocks but the ring;
-//! compressed clusters are inflated by other threads, which wake the ring through an eventfd.
+//! A thread and a ring for each queue, one `io_uring_enter` per turn. A turn takes every completion
+//! there is (a ublk command brings a request, a file operation an outcome), hands them to the
+//! engine that all queues share ([`Core`]), and takes from it what is for this queue: operations
+//! become submissions, replies become COMMIT_AND_FETCH. Nothing blocks but the ring; compressed
+//! clusters are inflated by other threads, which wake the ring through an eventfd. What the bytes
+//! of requests take (`payload.rs`) happens before and after the engine is locked.
 //!
-//! The device's end reaches this loop as aborted fetches: when every tag is aborted no request can
-//! come any more, and the engine is closed. So the loop ends the same way whoever stopped the
-//! device: our own main thread, `del`, or another tool.
+//! The device's end reaches this loop as aborted fetches: when every tag of every queue is aborted
+//! no request can come any more, and the engine is closed. So the loop ends the same way whoever
+//! stopped the device: our own main thread, `del`, or another tool.
+//!
+//! The first queue also keeps the engine's time, and answers the main thread.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::Instant;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use qcow2::{Engine, Health, Reply, Request};
 
 use crate::buffer::Area;
-use crate::driver::{Driver, Flight, Step, TagBuffers};
+use crate::core::Core;
+use crate::decode::{Limits, decode};
+use crate::driver::{Common, Driver, Ended, Flight, Staged, Step};
 use crate::errno;
-use crate::files::Files;
+use crate::fence::Fence;
 use crate::link::{Event, QueueEnd, Report};
+use crate::payload::{DataPath, Payload};
 use crate::ring::{Io, MAX_ENTRIES, Ring};
+use crate::sys;
 use crate::ublk;
 
-/// Our only queue, until requests of one image can be spread over several.
-const QUEUE: u16 = 0;
-
-/// What the thread is given.
+/// What every queue thread is given.
+#[derive(Clone)]
 pub struct Setup {
-    pub engine: Engine,
-    pub files: Files,
-    pub char_device: File,
+    pub core: Arc<Core>,
+    pub common: Common,
+    pub device: Arc<File>,
+    pub path: DataPath,
     pub depth: u16,
-    /// Bytes of the largest request.
-    pub max_request: u32,
-    /// Bytes of the block device: no request reaches beyond.
-    pub device_size: u64,
-    /// Bytes of a logical block.
-    pub block: u32,
+    pub limits: Limits,
+    /// Kept by every ring until its last operation has ended.
+    pub fence: Option<Arc<Fence>>,
 }
 
 /// Whose completion it is.
 enum Token {
     Fetch(u16),
     File(Flight),
+    /// Another queue was woken.
+    Poke(u16),
     Timer,
     Wake,
     Inflated,
@@ -57,78 +64,135 @@ enum Tag {
     Closed,
     /// With the kernel.
     Fetching,
-    /// With the engine; the reply of success is this number.
-    Busy(i32),
+    /// With the engine; the reply of success is this number. A read's payload leaves with it.
+    Busy { success: i32, read: bool },
+}
+
+/// Poking of another queue.
+#[derive(Clone, Copy, Debug, Default)]
+struct Poke {
+    under_way: bool,
+    /// Once more when it has ended.
+    again: bool,
 }
 
 /// Timer, wake-up by the main thread, wake-up by the pool.
 const OWN_OPERATIONS: u32 = 3;
 
+/// What the engine said when it was last looked at.
+struct Seen {
+    ready: bool,
+    closed: bool,
+    health: Health,
+}
+
 struct Queue {
+    number: u16,
     ring: Ring<Token>,
     driver: Driver,
-    engine: Engine,
+    core: Arc<Core>,
     link: QueueEnd,
-    char_fd: RawFd,
     descriptors: Area,
     wake: Area,
     inflated: Area,
     tags: Vec<Tag>,
     open_tags: u16,
+    limits: Limits,
     /// File operations in flight and their limit.
-    flights: u32,
-    max_flights: u32,
-    max_request: u32,
-    device_size: u64,
-    block: u32,
-    begin: Instant,
+    flights: usize,
+    max_flights: usize,
+    pokes: Vec<Poke>,
+    seen: Seen,
+    /// For the engine: it is time; the main thread waits for figures; what has come.
+    tick: bool,
+    report: bool,
+    requests: Vec<(u16, Request)>,
+    ended: Vec<Ended>,
+    /// From the engine.
+    staged: Vec<Staged>,
+    replies: Vec<Reply>,
     done: Vec<(Token, i32)>,
     // Kept open as long as commands may be in flight; closed before the device is deleted.
-    _char_device: File,
+    device: Arc<File>,
 }
 
-/// The queue thread: serves until the device has stopped, then closes the image. Tells the result
-/// through `link`.
-pub fn run(setup: Setup, link: QueueEnd) {
-    let result = match Queue::new(setup, link) {
-        Err((error, link)) => (Err(error), link),
-        Ok(mut queue) => {
-            let result = queue.serve();
-            queue.publish();
-            // Dropping the rest of the queue closes the ring and the character device.
-            (result, queue.link)
-        }
-    };
-    let (result, link) = result;
+/// The thread of one queue, on these CPUs: serves until the device has stopped and the image is
+/// closed. Tells the result through `link`.
+pub fn run(setup: Setup, number: u16, cpus: &[usize], link: QueueEnd) {
+    // A matter of speed alone.
+    let _ = sys::run_on(cpus);
+    let core = Arc::clone(&setup.core);
+    let result = Queue::new(setup, number, link.clone()).and_then(|mut queue| {
+        core.register(number, Some(queue.ring.fd()));
+        let result = queue.serve();
+        core.register(number, None);
+        // Dropping the queue closes the ring and its copy of the character device.
+        result
+    });
     link.tell(Event::Ended(result.map_err(|error| format!("{error:#}"))));
 }
 
 impl Queue {
-    fn new(setup: Setup, link: QueueEnd) -> Result<Self, (anyhow::Error, QueueEnd)> {
-        let wake_fd = link.wake_fd();
-        match Parts::new(&setup).and_then(|parts| parts.queue(setup)) {
-            Ok(make) => {
-                let mut queue = make(link);
-                queue.ring.push(Token::Timer, Io::Timer);
-                queue.ring.push(Token::Wake, wake_read(wake_fd, &queue.wake));
-                let pool_fd = queue.driver.pool_fd();
-                queue.ring.push(Token::Inflated, wake_read(pool_fd, &queue.inflated));
-                Ok(queue)
-            }
-            Err(error) => Err((error, link)),
+    fn new(setup: Setup, number: u16, link: QueueEnd) -> Result<Self> {
+        let Setup { core, common, device, path, depth, limits, fence } = setup;
+        let queues = core.queues();
+        let others = u32::from(depth) + OWN_OPERATIONS + u32::from(queues);
+        // Metadata goes out on whichever queue had the event, so each may get all there is.
+        let wanted = u32::try_from(core.lock().engine.max_ops()).unwrap_or(MAX_ENTRIES).max(1);
+        let flights = wanted.min(MAX_ENTRIES - others);
+        let ring = Ring::new(flights + others).context(
+            "io_uring is not available (kernel.io_uring_disabled must be 0, and a memory limit \
+             must leave room for the ring)",
+        )?;
+        if let Some(fence) = &fence {
+            ring.hold(fence.fd()).context("registering a file with the ring")?;
         }
+        let bytes = usize::from(depth) * size_of::<ublk::IoDesc>();
+        let offset = u64::from(number) * ublk::DESC_STRIDE;
+        let descriptors = Area::map_shared(&device, offset, bytes)
+            .context("mapping the request descriptors of the ublk device")?;
+        let payload = Payload::new(path, Arc::clone(&device), number, depth, limits.max_request);
+        let payload = payload.context("buffers")?;
+        if payload.registers() {
+            ring.register_buffers(depth).context("making the ring's table of buffers")?;
+        }
+        let driver = Driver::new(&common, payload, flights, ring.can_truncate());
+        let tags = usize::from(depth);
+        let flights = flights as usize;
+        Ok(Self {
+            number,
+            driver: driver.context("buffers")?,
+            ring,
+            core,
+            link,
+            descriptors,
+            wake: Area::new(8).context("buffers")?,
+            inflated: Area::new(8).context("buffers")?,
+            tags: vec![Tag::Closed; tags],
+            open_tags: 0,
+            limits,
+            flights: 0,
+            max_flights: flights,
+            pokes: vec![Poke::default(); queues.into()],
+            seen: Seen { ready: false, closed: false, health: Health::Good },
+            tick: false,
+            report: true,
+            requests: Vec::with_capacity(tags),
+            ended: Vec::with_capacity(flights),
+            staged: Vec::with_capacity(flights),
+            replies: Vec::with_capacity(tags),
+            done: Vec::with_capacity(flights + others as usize),
+            device,
+        })
     }
 
     fn serve(&mut self) -> Result<()> {
-        while !self.engine.is_ready() {
-            self.check("preparing the image")?;
-            if self.link.stop_wanted() {
-                bail!("stopped before the image was ready");
-            }
-            self.turn()?;
+        self.push_inflated();
+        if self.is_first() {
+            self.ring.push(Token::Timer, Io::Timer);
+            self.push_wake();
+            self.open()?;
         }
-        self.check("preparing the image")?;
-        self.publish();
         for tag in 0..self.depth() {
             self.fetch(tag, ublk::IO_FETCH, 0);
         }
@@ -138,19 +202,39 @@ impl Queue {
         while self.open_tags > 0 {
             self.turn()?;
         }
-        // Every request was replied to, and none can come: the image can be closed.
-        self.engine.close();
-        while !self.engine.is_closed() {
+        // Every request was replied to, and none can come.
+        if self.core.ended_one() {
+            self.core.lock().engine.close();
+        }
+        while !self.seen.closed {
             self.turn()?;
         }
         self.check("closing the image")
     }
 
+    /// Turns until the image can be served.
+    fn open(&mut self) -> Result<()> {
+        self.work();
+        while !self.seen.ready {
+            self.check("preparing the image")?;
+            if self.link.stop_wanted() {
+                bail!("stopped before the image was ready");
+            }
+            self.turn()?;
+            self.work();
+        }
+        self.check("preparing the image")
+    }
+
     fn check(&self, what: &str) -> Result<()> {
-        match self.engine.health() {
+        match self.seen.health {
             Health::Good => Ok(()),
             Health::Failed(failure) => Err(anyhow!("{what}: {failure}")),
         }
+    }
+
+    fn is_first(&self) -> bool {
+        self.number == 0
     }
 
     fn depth(&self) -> u16 {
@@ -159,79 +243,143 @@ impl Queue {
 
     /// One turn of the loop.
     fn turn(&mut self) -> Result<()> {
-        self.pump();
-        while let Some(incident) = self.engine.next_incident() {
-            tracing::error!("{incident}");
+        self.work();
+        if self.seen.closed {
+            // The others are waiting to hear of it.
+            return self.ring.submit().context("io_uring_enter");
         }
         let mut done = std::mem::take(&mut self.done);
-        let result = self.ring.turn(&mut done).context("io_uring_enter");
+        let turned = self.ring.turn(&mut done).context("io_uring_enter");
+        if *turned.as_ref().unwrap_or(&false) {
+            self.core.woken(self.number);
+        }
         for (token, code) in done.drain(..) {
             match token {
-                Token::File(flight) => self.file_completed(flight, code),
+                Token::File(flight) => {
+                    let step = self.driver.next(flight, code);
+                    self.apply(step, 0);
+                }
                 Token::Fetch(tag) => self.fetched(tag, code)?,
+                Token::Poke(queue) => self.poked(queue, code),
                 Token::Timer => {
-                    self.engine.tick(self.now());
-                    self.publish();
+                    (self.tick, self.report) = (true, true);
                     self.ring.push(Token::Timer, Io::Timer);
                 }
                 Token::Wake => {
-                    self.publish();
-                    self.ring.push(Token::Wake, wake_read(self.link.wake_fd(), &self.wake));
+                    self.report = true;
+                    self.push_wake();
                 }
                 Token::Inflated => {
-                    let Self { driver, engine, flights, .. } = self;
-                    driver.inflated(|op, outcome| {
+                    let Self { driver, ended, flights, .. } = self;
+                    driver.inflated(|end| {
                         *flights -= 1;
-                        engine.complete(op.id, outcome);
+                        ended.push(end);
                     });
-                    let pool_fd = driver.pool_fd();
-                    self.ring.push(Token::Inflated, wake_read(pool_fd, &self.inflated));
+                    self.push_inflated();
                 }
             }
         }
         self.done = done;
-        result
+        turned.map(drop)
     }
 
-    /// Drains the engine: operations to the ring, replies to the kernel.
-    fn pump(&mut self) {
+    /// Hands over what has come, and carries out what the engine wants, until it wants no more.
+    fn work(&mut self) {
         loop {
-            let mut idle = true;
-            // What does not fit stays in the engine until completions make room.
-            while self.flights < self.max_flights {
-                let Some(op) = self.engine.next_op(QUEUE) else { break };
-                idle = false;
-                let step = self.driver.start(&self.engine, op);
+            self.exchange();
+            let mut staged = std::mem::take(&mut self.staged);
+            for staged in staged.drain(..) {
+                let step = self.driver.start(staged);
                 self.apply(step, 1);
             }
-            while let Some(reply) = self.engine.next_reply(QUEUE) {
-                idle = false;
+            self.staged = staged;
+            let mut replies = std::mem::take(&mut self.replies);
+            for reply in replies.drain(..) {
                 self.reply(reply);
             }
-            if idle {
+            self.replies = replies;
+            if self.ended.is_empty() {
                 return;
             }
         }
     }
 
+    /// All that happens with the engine locked.
+    fn exchange(&mut self) {
+        let core = Arc::clone(&self.core);
+        let mut locked = core.lock();
+        let engine = &mut locked.engine;
+        if std::mem::take(&mut self.tick) {
+            engine.tick(core.now());
+        }
+        for ended in self.ended.drain(..) {
+            self.driver.finish(engine, ended);
+        }
+        for (tag, request) in self.requests.drain(..) {
+            engine.submit(self.number, tag, request);
+        }
+        locked.record();
+        let engine = &mut locked.engine;
+        // What does not fit stays in the engine until completions make room.
+        while self.flights + self.staged.len() < self.max_flights {
+            let Some(op) = engine.next_op(self.number) else { break };
+            self.staged.push(self.driver.stage(engine, op));
+        }
+        while let Some(reply) = engine.next_reply(self.number) {
+            self.replies.push(reply);
+        }
+        while let Some(incident) = engine.next_incident() {
+            tracing::error!("{incident}");
+        }
+        self.seen =
+            Seen { ready: engine.is_ready(), closed: engine.is_closed(), health: engine.health() };
+        if self.is_first() && std::mem::take(&mut self.report) {
+            self.link.report(report(engine));
+        }
+        for queue in 0..core.queues() {
+            let wanted = self.seen.closed || engine.has_something_for(queue);
+            if wanted && queue != self.number {
+                self.poke(queue);
+            }
+        }
+    }
+
+    fn poke(&mut self, queue: u16) {
+        let Some(ring) = self.core.to_poke(queue) else { return };
+        let poke = &mut self.pokes[usize::from(queue)];
+        if poke.under_way {
+            poke.again = true;
+            return;
+        }
+        poke.under_way = true;
+        self.ring.push(Token::Poke(queue), Io::Poke { ring });
+    }
+
+    /// A poke has ended: once more if it failed for a moment, or another was wanted meanwhile.
+    fn poked(&mut self, queue: u16, code: i32) {
+        let poke = &mut self.pokes[usize::from(queue)];
+        let again = std::mem::take(&mut poke.again);
+        poke.under_way = false;
+        let failed = matches!(-code, libc::EAGAIN | libc::EINTR | libc::ENOMEM | libc::EOVERFLOW);
+        if again || failed {
+            self.core.woken(queue);
+            self.poke(queue);
+        }
+    }
+
     /// Carries out a step of an operation that adds `new` to those in flight if it is submitted.
-    fn apply(&mut self, step: Step, new: u32) {
+    fn apply(&mut self, step: Step, new: usize) {
         match step {
             Step::Submit(flight, io) => {
                 self.flights += new;
                 self.ring.push(Token::File(flight), io);
             }
             Step::Pooled => self.flights += new,
-            Step::Ended(op, outcome) => {
+            Step::Ended(ended) => {
                 self.flights -= 1 - new;
-                self.engine.complete(op.id, outcome);
+                self.ended.push(ended);
             }
         }
-    }
-
-    fn file_completed(&mut self, flight: Flight, code: i32) {
-        let step = self.driver.next(&mut self.engine, flight, code);
-        self.apply(step, 0);
     }
 
     fn fetched(&mut self, tag: u16, code: i32) -> Result<()> {
@@ -245,66 +393,35 @@ impl Queue {
             return Ok(());
         }
         let desc: ublk::IoDesc = self.descriptors.read(index * size_of::<ublk::IoDesc>());
-        match self.decode(&desc) {
-            Ok((request, success)) => {
-                self.tags[index] = Tag::Busy(success);
-                self.engine.submit(QUEUE, tag, request);
-            }
+        match self.accept(tag, &desc) {
+            Ok(request) => self.requests.push((tag, request)),
             Err(errno) => self.commit(tag, -errno),
         }
         Ok(())
     }
 
-    /// The request that a descriptor describes, and the number that its success is replied with:
-    /// every byte of a read or write (never 0: that would be sent again for ever), 0 for others.
-    fn decode(&self, desc: &ublk::IoDesc) -> Result<(Request, i32), i32> {
-        let fua = desc.op_flags & ublk::IO_F_FUA != 0;
-        match desc.op() {
-            ublk::OP_FLUSH => Ok((Request::Flush, 0)),
-            // The block layer sends no such thing, and nobody may think that it was durable.
-            ublk::OP_WRITE_ZEROES if fua => Err(libc::EOPNOTSUPP),
-            op @ (ublk::OP_DISCARD | ublk::OP_WRITE_ZEROES) => {
-                let (offset, len) = self.range(desc, u32::MAX).ok_or(libc::EIO)?;
-                let unmap = desc.op_flags & ublk::IO_F_NOUNMAP == 0;
-                let request = match op {
-                    ublk::OP_DISCARD => Request::Discard { offset, len },
-                    _ => Request::WriteZeroes { offset, len, unmap },
-                };
-                Ok((request, 0))
-            }
-            op @ (ublk::OP_READ | ublk::OP_WRITE) => {
-                let (offset, len) = self.range(desc, self.max_request).ok_or(libc::EIO)?;
-                let success = i32::try_from(len).map_err(|_| libc::EIO)?;
-                let request = match op {
-                    ublk::OP_READ => Request::Read { offset, len },
-                    _ => Request::Write { offset, len, fua },
-                };
-                Ok((request, success))
-            }
-            _ => Err(libc::EOPNOTSUPP),
+    /// The request, with its payload here. Or the error to reply with.
+    fn accept(&mut self, tag: u16, desc: &ublk::IoDesc) -> Result<Request, i32> {
+        let (request, success) = decode(desc, &self.limits)?;
+        if let Request::Write { len, .. } = request {
+            moved("fetching", tag, self.driver.payload().arrived(tag, len))?;
         }
-    }
-
-    /// Offset and length in bytes, if they lie on the disk and are at most `most` bytes.
-    fn range(&self, desc: &ublk::IoDesc, most: u32) -> Option<(u64, u32)> {
-        let offset = desc.start_sector.checked_mul(ublk::SECTOR)?;
-        let len = u64::from(desc.nr_sectors).checked_mul(ublk::SECTOR)?;
-        let end = offset.checked_add(len)?;
-        let aligned = (offset | len) & u64::from(self.block - 1) == 0;
-        let len = u32::try_from(len).ok()?;
-        let fits = (1..=most).contains(&len) && end <= self.device_size;
-        (fits && aligned).then_some((offset, len))
+        let read = matches!(request, Request::Read { .. });
+        self.tags[usize::from(tag)] = Tag::Busy { success, read };
+        Ok(request)
     }
 
     fn reply(&mut self, reply: Reply) {
-        let Tag::Busy(success) = self.tags[usize::from(reply.tag)] else {
+        let tag = reply.tag;
+        let Tag::Busy { success, read } = self.tags[usize::from(tag)] else {
             panic!("the engine replies once to each request");
         };
-        let result = match reply.result {
-            Ok(()) => success,
-            Err(kind) => -errno::errno_of(kind),
-        };
-        self.commit(reply.tag, result);
+        let mut result = reply.result.map_or_else(|kind| -errno::errno_of(kind), |()| success);
+        if read && let Ok(len @ 1..) = u32::try_from(result) {
+            let left = moved("handing over", tag, self.driver.payload().leaves(tag, len));
+            result = left.map_or_else(|errno| -errno, |()| success);
+        }
+        self.commit(tag, result);
     }
 
     fn commit(&mut self, tag: u16, result: i32) {
@@ -313,20 +430,20 @@ impl Queue {
 
     fn fetch(&mut self, tag: u16, code: u32, result: i32) {
         self.tags[usize::from(tag)] = Tag::Fetching;
-        let payload = ublk::IoCmd { queue: QUEUE, tag, result, addr: self.driver.address(tag) };
-        self.ring.push(Token::Fetch(tag), Io::Command { fd: self.char_fd, code, payload });
+        let (addr, register) = self.driver.payload().to_fetch(tag);
+        let payload = ublk::IoCmd { queue: self.number, tag, result, addr };
+        let fd = self.device.as_raw_fd();
+        self.ring.push(Token::Fetch(tag), Io::Command { fd, code, payload, register });
     }
 
-    fn publish(&self) {
-        self.link.report(Report {
-            stats: self.engine.stats(),
-            health: self.engine.health(),
-            memory: self.engine.memory(),
-        });
+    fn push_wake(&mut self) {
+        let io = wake_read(self.link.wake_fd(), &self.wake);
+        self.ring.push(Token::Wake, io);
     }
 
-    fn now(&self) -> u64 {
-        u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX)
+    fn push_inflated(&mut self) {
+        let io = wake_read(self.driver.pool_fd(), &self.inflated);
+        self.ring.push(Token::Inflated, io);
     }
 }
 
@@ -334,60 +451,14 @@ fn wake_read(fd: RawFd, area: &Area) -> Io {
     Io::Read { fd, to: area.piece(0, 8), offset: 0 }
 }
 
-/// What can fail to be made, before anything is taken from the setup.
-struct Parts {
-    ring: Ring<Token>,
-    max_flights: u32,
-    buffers: TagBuffers,
-    descriptors: Area,
-    wake: Area,
-    inflated: Area,
+fn report(engine: &Engine) -> Report {
+    Report { stats: engine.stats(), health: engine.health(), memory: engine.memory() }
 }
 
-impl Parts {
-    fn new(setup: &Setup) -> Result<Self> {
-        let others = u32::from(setup.depth) + OWN_OPERATIONS;
-        let wanted = u32::try_from(setup.engine.max_ops()).unwrap_or(MAX_ENTRIES).max(1);
-        let max_flights = wanted.min(MAX_ENTRIES - others);
-        let ring = Ring::new(max_flights + others).context(
-            "io_uring is not available (kernel.io_uring_disabled must be 0, and a memory limit \
-             must leave room for the ring)",
-        )?;
-        let bytes = usize::from(setup.depth) * size_of::<ublk::IoDesc>();
-        let offset = u64::from(QUEUE) * ublk::DESC_STRIDE;
-        let descriptors = Area::map_shared(&setup.char_device, offset, bytes)
-            .context("mapping the request descriptors of the ublk device")?;
-        let buffers = TagBuffers::new(setup.depth, setup.max_request).context("buffers")?;
-        let wake = Area::new(8).context("buffers")?;
-        let inflated = Area::new(8).context("buffers")?;
-        Ok(Self { ring, max_flights, buffers, descriptors, wake, inflated })
-    }
-
-    fn queue(self, setup: Setup) -> Result<impl FnOnce(QueueEnd) -> Queue> {
-        let can_truncate = self.ring.can_truncate();
-        let copies = setup.engine.copy_buffers();
-        let driver = Driver::new(setup.files, self.buffers, self.max_flights, copies, can_truncate)
-            .context("buffers and worker threads")?;
-        let depth = usize::from(setup.depth);
-        Ok(move |link| Queue {
-            char_fd: setup.char_device.as_raw_fd(),
-            done: Vec::with_capacity(depth + (self.max_flights + OWN_OPERATIONS) as usize),
-            ring: self.ring,
-            driver,
-            engine: setup.engine,
-            link,
-            descriptors: self.descriptors,
-            wake: self.wake,
-            inflated: self.inflated,
-            tags: vec![Tag::Closed; depth],
-            open_tags: 0,
-            flights: 0,
-            max_flights: self.max_flights,
-            max_request: setup.max_request,
-            device_size: setup.device_size,
-            block: setup.block,
-            begin: Instant::now(),
-            _char_device: setup.char_device,
-        })
-    }
+/// The error to reply with where the payload of a request could not be copied.
+fn moved(what: &str, tag: u16, result: io::Result<()>) -> Result<(), i32> {
+    result.map_err(|error| {
+        tracing::error!("{what} the payload of tag {tag}: {error}");
+        libc::EIO
+    })
 }

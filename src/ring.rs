@@ -2,13 +2,14 @@
 //! with `unsafe`.)
 //!
 //! Every operation in flight holds one slot of the slab, and a slot's number is the operation's
-//! `user_data`; there are no special values beside them. Each operation has exactly one completion
-//! (nothing multishot), and the submission queue has at least as many entries as the slab has
-//! slots. So neither queue can overflow, and nothing is ever refused or lost: the owner of a ring
-//! gives it as many slots as it has operations.
+//! `user_data`; the only other value is that of a poke by another ring ([`Io::Poke`]), of which one
+//! at a time is under way. Each operation has exactly one completion (nothing multishot), and the
+//! submission queue has at least as many entries as the slab has slots. So neither queue can
+//! overflow, and nothing is ever refused or lost: the owner of a ring gives it as many slots as it
+//! has operations.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
@@ -27,17 +28,34 @@ pub enum Io {
     Read { fd: RawFd, to: Piece, offset: u64 },
     /// Memory into the file.
     Write { fd: RawFd, from: Piece, offset: u64 },
+    /// Bytes of the file into a registered buffer, from its byte `at` on.
+    ReadFixed { fd: RawFd, to: Registered, offset: u64 },
+    /// Bytes of a registered buffer into the file.
+    WriteFixed { fd: RawFd, from: Registered, offset: u64 },
     /// fdatasync.
     Sync { fd: RawFd },
     /// fallocate with this mode; 0: allocate and lengthen.
     Allocate { fd: RawFd, mode: i32, offset: u64, len: u64 },
     /// ftruncate.
     Truncate { fd: RawFd, len: u64 },
-    /// A ublk I/O command on the character device.
-    Command { fd: RawFd, code: u32, payload: ublk::IoCmd },
+    /// A ublk I/O command on the character device, with what it says of a buffer to be registered.
+    Command { fd: RawFd, code: u32, payload: ublk::IoCmd, register: u64 },
+    /// Wakes the owner of another ring, for whom [`Ring::turn`] returns true.
+    Poke { ring: RawFd },
     /// Completes (with ETIME) after [`TICK`].
     Timer,
 }
+
+/// A range of a buffer that was registered with the ring, by its number: the pages of a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Registered {
+    pub index: u16,
+    pub at: u32,
+    pub len: u32,
+}
+
+/// The `user_data` of a poke by another ring. No slot has such a number.
+const POKE: u64 = u64::MAX;
 
 /// The period of [`Io::Timer`].
 pub const TICK: Duration = Duration::from_millis(500);
@@ -69,6 +87,21 @@ impl<T> Ring<T> {
         })
     }
 
+    /// Makes a table of `count` buffers, which the ublk driver fills with the pages of requests.
+    pub fn register_buffers(&self, count: u16) -> io::Result<()> {
+        self.ring.submitter().register_buffers_sparse(count.into())
+    }
+
+    /// Keeps a file open until the last operation of this ring has ended, also after the process.
+    pub fn hold(&self, fd: RawFd) -> io::Result<()> {
+        self.ring.submitter().register_files(&[fd])
+    }
+
+    /// The descriptor for [`Io::Poke`].
+    pub fn fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+
     /// Whether the kernel has [`Io::Truncate`] (6.9).
     pub fn can_truncate(&self) -> bool {
         self.can_truncate
@@ -82,26 +115,38 @@ impl<T> Ring<T> {
         self.slots[index] = Some(token);
         let entry = self.entry(io).user_data(u64::from(slot));
         // SAFETY: buffers in `entry` are `Piece`s, which are never unmapped and to which no Rust
-        // reference exists; the timer's value lives in a box that outlives the submission.
+        // reference exists, or ranges of registered buffers, which the kernel checks; the timer's
+        // value lives in a box that outlives the submission.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         assert!(pushed.is_ok(), "there are as many submission entries as slots");
     }
 
     /// Submits what was pushed, waits for at least one completion, and appends all there are.
-    pub fn turn(&mut self, done: &mut Vec<(T, i32)>) -> io::Result<()> {
+    /// Returns whether another ring has poked this one.
+    pub fn turn(&mut self, done: &mut Vec<(T, i32)>) -> io::Result<bool> {
         match self.ring.submit_and_wait(1) {
             Ok(_) => {}
             // Interrupted or short of memory for a moment: what is there is handled, then again.
             Err(error) if is_passing(&error) => {}
             Err(error) => return Err(error),
         }
+        let mut poked = false;
         for completion in self.ring.completion() {
+            if completion.user_data() == POKE {
+                poked = true;
+                continue;
+            }
             let index = usize::try_from(completion.user_data()).expect("ours: a slot number");
             let token = self.slots[index].take().expect("one completion for each operation");
             self.free.push(u32::try_from(index).expect("ours: a slot number"));
             done.push((token, completion.result()));
         }
-        Ok(())
+        Ok(poked)
+    }
+
+    /// Submits what was pushed and waits for nothing.
+    pub fn submit(&mut self) -> io::Result<()> {
+        self.ring.submit().map(drop)
     }
 
     fn entry(&self, io: Io) -> squeue::Entry {
@@ -112,16 +157,29 @@ impl<T> Ring<T> {
             Io::Write { fd, from, offset } => {
                 opcode::Write::new(Fd(fd), from.address(), from.len()).offset(offset).build()
             }
+            Io::ReadFixed { fd, to, offset } => {
+                let Registered { index, at, len } = to;
+                opcode::ReadFixed::new(Fd(fd), at as usize as *mut u8, len, index)
+                    .offset(offset)
+                    .build()
+            }
+            Io::WriteFixed { fd, from, offset } => {
+                let Registered { index, at, len } = from;
+                opcode::WriteFixed::new(Fd(fd), at as usize as *const u8, len, index)
+                    .offset(offset)
+                    .build()
+            }
             Io::Sync { fd } => opcode::Fsync::new(Fd(fd)).flags(FsyncFlags::DATASYNC).build(),
             Io::Allocate { fd, mode, offset, len } => {
                 opcode::Fallocate::new(Fd(fd), len).offset(offset).mode(mode).build()
             }
             Io::Truncate { fd, len } => opcode::Ftruncate::new(Fd(fd), len).build(),
-            Io::Command { fd, code, payload } => {
+            Io::Command { fd, code, payload, register } => {
                 let mut bytes = [0; 16];
                 bytes.copy_from_slice(bytemuck::bytes_of(&payload));
-                opcode::UringCmd16::new(Fd(fd), code).cmd(bytes).build()
+                opcode::UringCmd16::new(Fd(fd), code).cmd(bytes).addr(Some(register)).build()
             }
+            Io::Poke { ring } => opcode::MsgRingData::new(Fd(ring), 0, POKE, None).build(),
             Io::Timer => opcode::Timeout::new(&raw const *self.tick).build(),
         }
     }
@@ -202,6 +260,16 @@ mod tests {
     use super::*;
     use crate::buffer::Area;
     use std::os::fd::AsRawFd;
+
+    #[test]
+    fn a_poked_ring_wakes_up_and_has_nothing_in_flight() {
+        let (mut one, mut other) = (Ring::new(1).unwrap(), Ring::<()>::new(1).unwrap());
+        let (mut done, mut none) = (Vec::new(), Vec::new());
+        one.push((), Io::Poke { ring: other.fd() });
+        assert!(!one.turn(&mut done).unwrap());
+        assert_eq!(done, [((), 0)]);
+        assert!(other.turn(&mut none).unwrap() && none.is_empty());
+    }
 
     #[test]
     fn bytes_written_are_read_back_and_slots_are_given_back() {

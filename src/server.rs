@@ -1,11 +1,13 @@
 //! The server process of one device: start, serve until told to stop, close.
 //!
-//! The main thread talks to the control device, to signals and to `list`; the queue thread
-//! (`queue.rs`) does all I/O. Stopping a device blocks in the kernel until its requests have
-//! ended, which needs a queue thread that goes on: hence two threads even for one queue.
+//! The main thread talks to the control device, to signals and to `list`; the queue threads
+//! (`queue.rs`) do all I/O. Stopping a device blocks in the kernel until its requests have
+//! ended, which needs a queue thread that goes on: hence two threads even for one queue. The first
+//! queue's prepares the image; the others are started when it is ready.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -15,15 +17,21 @@ use serde_json::json;
 
 use crate::cli::{AddArgs, Discard};
 use crate::control::Control;
+use crate::core::Core;
 use crate::daemon::{Reporter, START_LIMIT};
+use crate::decode::Limits;
 use crate::device::{self, Device};
+use crate::driver::Common;
+use crate::fence::Fence;
 use crate::files::Files;
+use crate::journal::{self, Journal};
 use crate::link::{self, Event, MainEnd};
 use crate::open::{self, Mode, Opened};
 use crate::queue;
 use crate::signals::Signals;
 use crate::state::{self, State};
 use crate::sys;
+use crate::ublk::{self, DevInfo};
 
 /// How long requests may take to end, and then the image to close.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
@@ -31,18 +39,96 @@ const STOP_LIMIT: Duration = Duration::from_secs(60);
 /// How long the queue thread may take to give fresh figures.
 const REPORT_LIMIT: Duration = Duration::from_millis(500);
 
+/// What to serve.
+pub enum What {
+    /// A new device.
+    New,
+    /// A device whose server has died, or has handed it over.
+    Old { info: DevInfo, state: State },
+}
+
 /// Serves an image until a signal, `del`, or a failure ends it.
-pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
+pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> {
     let signals = Signals::take_over()?;
     sys::ignore_signals();
-    // Inherited by the queue thread and by the kernel's workers of its ring. Not permitted to
+    // Inherited by the queue threads and by the kernel's workers of their rings. Not permitted to
     // every user; who is not will be told by the driver.
     let flusher = sys::become_io_flusher();
+    if args.recovery.is_some() && args.absolute()?.file.to_str().is_none() {
+        bail!("--recovery needs a path in UTF-8");
+    }
 
+    let (mut control, opened, fence) = prepare(args, &what, reporter)?;
+    // The tables were read into memory that is free again, of their size.
+    sys::trim_memory();
+    flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
+    let wanted = device::Wanted {
+        id: args.number,
+        queues: args.queues,
+        depth: args.depth,
+        path: args.data_path,
+        recovery: args.recovery,
+        memory_alignment: opened.files.memory_alignment(),
+        size: opened.engine.virtual_size(),
+        block: args.block_size,
+        cluster_bits: opened.cluster_bits,
+        read_only: args.read_only,
+    };
+    let (device, before) = match what {
+        What::New => {
+            reporter.stage("adding a ublk device")?;
+            (Device::add(&mut control, wanted)?, None)
+        }
+        What::Old { info, state } => (Device::resume(info, wanted)?, Some(state)),
+    };
+    let mut state = describe(args, &opened, &device)?;
+    if let Some(before) = &before {
+        state.added_by = before.added_by;
+    }
+    let note = |note: &String| format!("{}: {note}", args.file.display());
+    let mut notes: Vec<String> = opened.notes.iter().map(note).collect();
+    if device.queues() < args.queues {
+        let (made, cpus) = (device.queues(), "no more than there are CPUs");
+        notes.push(format!("{made} of {} queues were made: {cpus}", args.queues));
+    }
+    let mut server = Server {
+        control,
+        device,
+        signals,
+        state,
+        notes,
+        main: None,
+        running: 0,
+        fence,
+        stays: before.is_some(),
+        _files: opened.files.clone(),
+    };
+    let result = server.run(opened, reporter);
+    server.leave(&result);
+    result
+}
+
+/// Opens the image, and mends what an earlier crash has left in it; or waits until the last server
+/// of the device has gone, and brings in what that had acknowledged.
+fn prepare(
+    args: &AddArgs,
+    what: &What,
+    reporter: &mut Reporter,
+) -> Result<(Control, Opened, Option<Arc<Fence>>)> {
+    let mut wanted = wanted(args);
+    if let What::Old { info, state } = what {
+        let mut control = Control::open()?;
+        reporter.stage("waiting for the last server's operations to end")?;
+        let fence = Fence::take(info.dev_id)?;
+        control.info(info.dev_id)?;
+        // A journal that was given up is of a device that was given up.
+        wanted.resume = (!args.read_only && !state.handed_over).then_some(info.dev_id);
+        reporter.stage("opening the image")?;
+        return Ok((control, open::open(&wanted)?, Some(Arc::new(fence))));
+    }
     reporter.stage("opening the image")?;
-    let wanted = wanted(args);
     let mut opened = open::open(&wanted)?;
-    let mut control = Control::open()?;
+    let control = Control::open()?;
     if !args.read_only {
         // It can be served, and there is somebody to serve it: only now is anything written. What
         // was opened has to go first, for it knows the tables as they were.
@@ -51,29 +137,7 @@ pub fn serve(args: &AddArgs, reporter: &mut Reporter) -> Result<()> {
         opened = open::open(&wanted)?;
         opened.notes.extend(mended);
     }
-    // The tables were read into memory that is free again, of their size.
-    sys::trim_memory();
-    flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
-    reporter.stage("adding a ublk device")?;
-    let device = Device::add(
-        &mut control,
-        device::Wanted {
-            id: args.number,
-            depth: args.depth,
-            size: opened.engine.virtual_size(),
-            block: args.block_size,
-            cluster_bits: opened.cluster_bits,
-            read_only: args.read_only,
-        },
-    )?;
-    let state = describe(args, &opened, &device);
-    let note = |note: &String| format!("{}: {note}", args.file.display());
-    let notes = opened.notes.iter().map(note).collect();
-    let files = opened.files.clone();
-    let mut server = Server { control, device, signals, state, notes, main: None, _files: files };
-    let result = server.run(opened, reporter);
-    server.leave(&result);
-    result
+    Ok((control, opened, None))
 }
 
 fn wanted(args: &AddArgs) -> open::Wanted {
@@ -89,6 +153,7 @@ fn wanted(args: &AddArgs) -> open::Wanted {
         l2_cache: args.l2_cache,
         refcount_cache: args.refcount_cache,
         stress: args.stress,
+        journal: args.recovery.map_or(0, |_| journal::RECORDS),
         discards: match args.discard {
             Discard::Unmap => Discards::Unmap,
             Discard::Keep => Discards::Keep,
@@ -105,15 +170,21 @@ fn wanted(args: &AddArgs) -> open::Wanted {
         snapshot: args.snapshot.clone(),
         lock: args.lock,
         options,
+        resume: None,
     }
 }
 
-fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> State {
+fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<State> {
     // The name is shown to people only, so a name that is not UTF-8 may lose characters.
     let absolute = std::path::absolute(&args.file).unwrap_or_else(|_| args.file.clone());
-    State {
+    let recipe = match args.recovery {
+        Some(_) => Some(args.absolute().context("the path of the image")?),
+        None => None,
+    };
+    Ok(State {
         id: device.id(),
         pid: std::process::id(),
+        added_by: std::process::id(),
         image: args.file.to_string_lossy().into_owned(),
         image_path: absolute.to_string_lossy().into_owned(),
         version: opened.version,
@@ -122,9 +193,11 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> State {
         read_only: args.read_only,
         direct: opened.direct,
         block_size: args.block_size,
-        data_path: "copy".to_string(),
+        data_path: device.path.name().to_string(),
         close_error: None,
-    }
+        recipe,
+        handed_over: false,
+    })
 }
 
 struct Server {
@@ -134,26 +207,42 @@ struct Server {
     state: State,
     /// For the user, once all has gone well: an error is to be the only line.
     notes: Vec<String>,
-    /// The link to the queue thread, once that runs.
+    /// The link to the queue threads, once they run.
     main: Option<MainEnd>,
+    /// How many of them do.
+    running: u16,
+    fence: Option<Arc<Fence>>,
+    /// The device was there before this server, and stays if it cannot be served.
+    stays: bool,
     /// Closed last: the locks go with them.
     _files: Files,
 }
 
 impl Server {
     fn run(&mut self, opened: Opened, reporter: &mut Reporter) -> Result<()> {
-        self.device.set_params(&mut self.control)?;
         opened.prepare()?;
-        self.start_queue(opened)?;
+        if self.stays {
+            self.device.begin_resume(&mut self.control)?;
+        } else {
+            self.device.set_params(&mut self.control)?;
+            if self.state.recipe.is_some() {
+                self.fence = Some(Arc::new(Fence::take(self.device.id())?));
+            }
+        }
         reporter.stage("waiting for the image's first fdatasync")?;
-        self.wait_ready()?;
+        self.start_queues(opened)?;
         reporter.stage("starting the ublk device")?;
-        let started = self.device.start(&mut self.control);
+        // From here on a successor would find what it needs.
+        self.state.store()?;
+        let started = match self.stays {
+            true => self.device.finish_resume(&mut self.control),
+            false => self.device.start(&mut self.control),
+        };
         let path = match (started, self.event()) {
             (_, Some(Event::Ended(Err(text)))) => bail!("the queue ended: {text}"),
             (result, _) => result?,
         };
-        self.state.store()?;
+        self.stays = false;
         let listener = state::listen(self.device.id())?;
         for note in &self.notes {
             eprintln!("ublk-qcow2: {}", crate::list::plain(note));
@@ -167,22 +256,39 @@ impl Server {
         self.until_end(&listener)
     }
 
-    fn start_queue(&mut self, opened: Opened) -> Result<()> {
-        let (main, queue) = link::link().context("eventfd")?;
-        let setup = queue::Setup {
-            engine: opened.engine,
-            files: opened.files,
-            char_device: self.device.open_char()?,
-            depth: self.device.info.queue_depth,
-            max_request: self.device.max_request(),
-            device_size: self.device.size(),
-            block: self.state.block_size,
+    /// Starts the first queue's thread, and when the image is ready, those of the others.
+    fn start_queues(&mut self, opened: Opened) -> Result<()> {
+        let (main, end) = link::link().context("eventfd")?;
+        let copies = opened.engine.copy_buffers();
+        let recovers = self.state.recipe.is_some() && !self.state.read_only;
+        let journal = match opened.journal {
+            None if recovers => Some(Journal::create(self.device.id(), &opened.files.image)?),
+            journal => journal,
         };
-        std::thread::Builder::new()
-            .name("queue-0".to_string())
-            .spawn(move || queue::run(setup, queue))
-            .context("starting the queue thread")?;
+        let setup = queue::Setup {
+            core: Arc::new(Core::new(opened.engine, journal, self.device.queues())),
+            common: Common::new(opened.files, copies).context("buffers and worker threads")?,
+            device: Arc::new(self.device.open_char()?),
+            path: self.device.path,
+            depth: self.device.info.queue_depth,
+            limits: Limits {
+                max_request: self.device.max_request(),
+                size: self.device.size(),
+                block: self.state.block_size,
+            },
+            fence: self.fence.clone(),
+        };
         self.main = Some(main);
+        for number in 0..self.device.queues() {
+            let cpus = self.control.affinity(self.device.id(), number)?;
+            let (setup, end) = (setup.clone(), end.clone());
+            std::thread::Builder::new()
+                .name(format!("queue-{number}"))
+                .spawn(move || queue::run(setup, number, &cpus, end))
+                .context("starting a queue's thread")?;
+            self.running += 1;
+            self.wait_ready()?;
+        }
         Ok(())
     }
 
@@ -193,7 +299,7 @@ impl Server {
             if self.signals.came() {
                 bail!("interrupted");
             }
-            let main = self.main.as_ref().context("the queue thread runs")?;
+            let main = self.main.as_ref().context("the queue threads run")?;
             match main.wait_event(Duration::from_millis(100)) {
                 Some(Event::Ready) => return Ok(()),
                 Some(Event::Ended(Err(text))) => return Err(anyhow!(text)),
@@ -211,7 +317,7 @@ impl Server {
     /// Serves `list` until a signal comes or the device was stopped from elsewhere.
     fn until_end(&mut self, listener: &UnixListener) -> Result<()> {
         loop {
-            let main = self.main.as_ref().context("the queue thread runs")?;
+            let main = self.main.as_ref().context("the queue threads run")?;
             let mut set = [
                 PollFd::new(self.signals.fd(), PollFlags::POLLIN),
                 PollFd::new(main.event_fd(), PollFlags::POLLIN),
@@ -221,8 +327,13 @@ impl Server {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(error).context("poll"),
             }
-            if let Some(Event::Ended(result)) = main.event() {
-                return result.map_err(|text| anyhow!(text));
+            while let Some(event) = main.event() {
+                let Event::Ended(result) = event else { continue };
+                result.map_err(|text| anyhow!(text))?;
+                self.running -= 1;
+            }
+            if self.running == 0 {
+                return Ok(());
             }
             state::answer(listener, || figures(main));
             if self.signals.came() {
@@ -231,7 +342,7 @@ impl Server {
         }
     }
 
-    /// Stops the device and waits until the queue thread has closed the image.
+    /// Stops the device and waits until the queue threads have closed the image.
     fn stop(&mut self) -> Result<()> {
         let stopped = self.control.stop(self.device.id(), STOP_LIMIT);
         if let Err(error) = stopped
@@ -240,21 +351,42 @@ impl Server {
             return Err(anyhow!(error).context("requests did not end"));
         }
         // Any other failure means that the device was stopped already.
-        let main = self.main.as_ref().context("the queue thread runs")?;
+        let main = self.main.as_ref().context("the queue threads run")?;
         let deadline = Instant::now() + STOP_LIMIT;
-        loop {
+        while self.running > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             match main.wait_event(left) {
-                Some(Event::Ended(result)) => return result.map_err(|text| anyhow!(text)),
+                Some(Event::Ended(result)) => {
+                    result.map_err(|text| anyhow!(text))?;
+                    self.running -= 1;
+                }
                 Some(Event::Ready) => {}
                 None => bail!("the image was not closed within {} s", STOP_LIMIT.as_secs()),
             }
         }
+        Ok(())
     }
 
-    /// Removes the device, and records how it ended.
+    /// Whether the device waits for another server.
+    fn is_handed_over(&mut self, result: &Result<()>) -> bool {
+        let waits = |info: DevInfo| info.state == ublk::STATE_QUIESCED;
+        result.is_ok() && self.control.info(self.device.id()).is_ok_and(waits)
+    }
+
+    /// Removes the device, unless it waits for another server, and records how it ended.
     fn leave(&mut self, result: &Result<()>) {
         let id = self.device.id();
+        if self.stays {
+            // As it was before: a dead server's, to be tried again.
+            return;
+        }
+        if self.is_handed_over(result) {
+            self.state.handed_over = true;
+            if let Err(error) = self.state.store() {
+                tracing::error!("{error:#}");
+            }
+            return;
+        }
         if result.is_err() {
             // A queue thread that still runs ends with its tags, or without any if there are none.
             if let Some(main) = &self.main {

@@ -3,7 +3,8 @@
 //! `N.json` describes the daemon of device N. It is written when the device is there, rewritten if
 //! closing the image fails, and removed after a clean close. So after a daemon has ended: no file
 //! means all is well, a file with `close_error` says what failed, and a file without it means that
-//! the daemon died. `N.sock` gives live figures as JSON, one object per connection.
+//! the daemon died. `N.sock` gives live figures as JSON, one object per connection. A device that
+//! outlives its daemon also has `N.journal` and `N.fence` (`journal.rs`, `fence.rs`).
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read, Write};
@@ -16,6 +17,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::cli::AddArgs;
+use crate::device;
+use crate::ublk::DevInfo;
+
 const FOLDER: &str = "/run/ublk-qcow2";
 
 /// How long `list` waits for a daemon's figures.
@@ -25,7 +30,10 @@ const CLIENT_LIMIT: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     pub id: u32,
+    /// The process that serves it.
     pub pid: u32,
+    /// The process that added it: what the driver keeps as the device's mark.
+    pub added_by: u32,
     /// The image as it was given on the command line.
     pub image: String,
     /// The same, absolute.
@@ -41,18 +49,20 @@ pub struct State {
     pub data_path: String,
     /// Why closing the image failed.
     pub close_error: Option<String>,
+    /// How to serve it again, for a device that outlives its server.
+    pub recipe: Option<AddArgs>,
+    /// The server has closed the image and ended, and the device waits for another.
+    #[serde(default)]
+    pub handed_over: bool,
 }
 
-fn file_path(id: u32) -> PathBuf {
-    Path::new(FOLDER).join(format!("{id}.json"))
-}
-
-fn socket_path(id: u32) -> PathBuf {
-    Path::new(FOLDER).join(format!("{id}.sock"))
+/// The path of a file of our own about a device.
+pub fn path(id: u32, what: &str) -> PathBuf {
+    Path::new(FOLDER).join(format!("{id}.{what}"))
 }
 
 /// Makes the folder, for root alone.
-fn make_folder() -> Result<()> {
+pub fn make_folder() -> Result<()> {
     match DirBuilder::new().mode(0o700).create(FOLDER) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             Err(error).with_context(|| format!("making the folder {FOLDER}"))
@@ -70,14 +80,33 @@ fn make_folder() -> Result<()> {
 impl State {
     /// What is recorded for a device, if anything.
     pub fn load(id: u32) -> Option<Self> {
-        let bytes = fs::read(file_path(id)).ok()?;
+        let bytes = fs::read(path(id, "json")).ok()?;
         serde_json::from_slice(&bytes).ok().filter(|state: &Self| state.id == id)
+    }
+
+    /// What is recorded for this very device, and not for an earlier one of its number.
+    pub fn of(info: &DevInfo) -> Option<Self> {
+        let marked = device::marked_pid(info).and_then(|pid| u32::try_from(pid).ok())?;
+        Self::load(info.dev_id).filter(|state| state.added_by == marked)
+    }
+
+    /// The process that serves a device of ours, or served it last.
+    pub fn server_of(info: &DevInfo) -> Option<i32> {
+        let marked = device::marked_pid(info)?;
+        let recorded = Self::of(info).and_then(|state| i32::try_from(state.pid).ok());
+        Some(recorded.unwrap_or(marked))
+    }
+
+    /// Whether a process has the name of this program; it may be a renamed copy, and so have we.
+    pub fn is_server(pid: u32) -> bool {
+        let name = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).ok();
+        name(&pid.to_string()).is_some_and(|found| Some(found) == name("self"))
     }
 
     /// Writes it, all or nothing.
     pub fn store(&self) -> Result<()> {
         make_folder()?;
-        let path = file_path(self.id);
+        let path = path(self.id, "json");
         let fresh = path.with_extension("json.new");
         let text = serde_json::to_vec_pretty(self)?;
         fs::write(&fresh, text)
@@ -88,15 +117,16 @@ impl State {
     /// Removes what is recorded for a device.
     pub fn remove(id: u32) {
         // Missing is as good as removed, and nothing depends on the rest.
-        let _ = fs::remove_file(file_path(id));
-        let _ = fs::remove_file(socket_path(id));
+        for file in ["json", "sock", "journal", "fence"] {
+            let _ = fs::remove_file(path(id, file));
+        }
     }
 }
 
 /// Listens for `list`.
 pub fn listen(id: u32) -> Result<UnixListener> {
     make_folder()?;
-    let path = socket_path(id);
+    let path = path(id, "sock");
     let _ = fs::remove_file(&path);
     let listener =
         UnixListener::bind(&path).with_context(|| format!("making {}", path.display()))?;
@@ -120,7 +150,7 @@ pub fn figures(id: u32) -> Option<serde_json::Value> {
     // In a thread, since connecting to a daemon that does not accept has no limit of its own.
     std::thread::spawn(move || {
         let ask = || -> io::Result<serde_json::Value> {
-            let mut stream = UnixStream::connect(socket_path(id))?;
+            let mut stream = UnixStream::connect(path(id, "sock"))?;
             stream.set_read_timeout(Some(CLIENT_LIMIT))?;
             let mut text = String::new();
             stream.read_to_string(&mut text)?;

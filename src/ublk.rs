@@ -93,12 +93,18 @@ pub struct Params {
     pub basic: ParamBasic,
     pub discard: ParamDiscard,
     pub devt: ParamDevt,
-    /// The first word of the zoned parameters, which are never set.
+    /// The zoned parameters, which are never set.
+    pub zoned: [u32; 8],
+    /// What the memory of requests has to be aligned to, less one, where their pages go down.
+    pub dma_alignment: u32,
+    pub reserved: u32,
+    /// What follows is never set; the length of the whole is a multiple of 8.
     pub unused: u32,
 }
 
 pub const PARAM_BASIC: u32 = 1 << 0;
 pub const PARAM_DISCARD: u32 = 1 << 1;
+pub const PARAM_DMA_ALIGN: u32 = 1 << 4;
 
 pub const ATTR_READ_ONLY: u32 = 1 << 0;
 pub const ATTR_VOLATILE_CACHE: u32 = 1 << 2;
@@ -130,10 +136,24 @@ const _: () = {
     assert!(size_of::<ParamBasic>() == 32);
     assert!(size_of::<ParamDiscard>() == 20);
     assert!(size_of::<ParamDevt>() == 16);
-    assert!(size_of::<Params>() == 80);
+    assert!(size_of::<Params>() == 120);
     assert!(size_of::<IoCmd>() == 16);
     assert!(size_of::<IoDesc>() == 24);
 };
+
+/// What a FETCH or COMMIT says of the buffer that the driver registers for the next request: its
+/// number in the ring's table, in the place of an address (`struct ublk_auto_buf_reg`, no flags).
+pub fn auto_register(index: u16) -> u64 {
+    u64::from(index)
+}
+
+/// Where the payload of a request lies in the character device, for pread and pwrite.
+pub fn payload_offset(queue: u16, tag: u16, at: u32) -> u64 {
+    const BEGIN: u64 = 0x8000_0000;
+    const TAG_SHIFT: u32 = 25;
+    const QUEUE_SHIFT: u32 = TAG_SHIFT + 16;
+    BEGIN + (u64::from(queue) << QUEUE_SHIFT | u64::from(tag) << TAG_SHIFT) + u64::from(at)
+}
 
 pub const OP_READ: u8 = 0;
 pub const OP_WRITE: u8 = 1;
@@ -181,6 +201,7 @@ pub struct Command {
 const fn control(direction: u32, number: u32, name: &'static str) -> Command {
     Command { code: ioc(direction, number, CTRL), name }
 }
+pub const GET_QUEUE_AFFINITY: Command = control(READ, 0x01, "GET_QUEUE_AFFINITY");
 pub const GET_DEV_INFO: Command = control(READ, 0x02, "GET_DEV_INFO");
 pub const ADD_DEV: Command = control(READ_WRITE, 0x04, "ADD_DEV");
 pub const DEL_DEV: Command = control(READ_WRITE, 0x05, "DEL_DEV");
@@ -188,14 +209,26 @@ pub const START_DEV: Command = control(READ_WRITE, 0x06, "START_DEV");
 pub const STOP_DEV: Command = control(READ_WRITE, 0x07, "STOP_DEV");
 pub const SET_PARAMS: Command = control(READ_WRITE, 0x08, "SET_PARAMS");
 pub const GET_PARAMS: Command = control(READ, 0x09, "GET_PARAMS");
+pub const START_USER_RECOVERY: Command = control(READ_WRITE, 0x10, "START_USER_RECOVERY");
+pub const END_USER_RECOVERY: Command = control(READ_WRITE, 0x11, "END_USER_RECOVERY");
 pub const GET_FEATURES: Command = control(READ, 0x13, "GET_FEATURES");
 pub const DEL_DEV_ASYNC: Command = control(READ, 0x14, "DEL_DEV_ASYNC");
+pub const UPDATE_SIZE: Command = control(READ_WRITE, 0x15, "UPDATE_SIZE");
+pub const QUIESCE_DEV: Command = control(READ_WRITE, 0x16, "QUIESCE_DEV");
 pub const TRY_STOP_DEV: Command = control(READ_WRITE, 0x17, "TRY_STOP_DEV");
 
 pub const IO_FETCH: u32 = ioc(READ_WRITE, 0x20, IO);
 pub const IO_COMMIT_AND_FETCH: u32 = ioc(READ_WRITE, 0x21, IO);
 
 pub const F_CMD_IOCTL_ENCODE: u64 = 1 << 6;
+pub const F_SUPPORT_ZERO_COPY: u64 = 1 << 0;
+pub const F_USER_RECOVERY: u64 = 1 << 3;
+pub const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
+pub const F_USER_COPY: u64 = 1 << 7;
+pub const F_USER_RECOVERY_FAIL_IO: u64 = 1 << 9;
+pub const F_UPDATE_SIZE: u64 = 1 << 10;
+pub const F_AUTO_BUF_REG: u64 = 1 << 11;
+pub const F_QUIESCE: u64 = 1 << 12;
 pub const F_SAFE_STOP_DEV: u64 = 1 << 17;
 pub const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
 /// What `add` asks for where the driver has it.
@@ -228,14 +261,18 @@ pub const FEATURES: [(u32, &str, &str); 21] = [
 
 pub const STATE_DEAD: u16 = 0;
 pub const STATE_LIVE: u16 = 1;
+/// Without a server: requests wait for one.
+pub const STATE_QUIESCED: u16 = 2;
+/// Without a server: requests fail until there is one.
+pub const STATE_FAIL_IO: u16 = 3;
 
 /// The name of a device state, as the `ublk` tool prints it.
 pub fn state_name(state: u16) -> &'static str {
     match state {
         STATE_DEAD => "DEAD",
         STATE_LIVE => "LIVE",
-        2 => "QUIESCED",
-        3 => "FAIL_IO",
+        STATE_QUIESCED => "QUIESCED",
+        STATE_FAIL_IO => "FAIL_IO",
         _ => "UNKNOWN",
     }
 }

@@ -216,10 +216,15 @@ fn a_file_without_permission_is_refused_with_the_way_out() {
 }
 
 #[test]
-fn more_than_one_queue_is_refused() {
+fn a_number_of_queues_that_makes_no_sense_is_refused() {
     let folder = Folder::new();
-    let error = folder.refusal(&folder.file("good.qcow2", &image()), &["-q", "2"]);
-    assert!(error.contains("-q 2") && error.contains("until"), "{error}");
+    let path = folder.file("good.qcow2", &image());
+    for number in ["0", "65", "many"] {
+        let output = run(&["add", "-f", path.to_str().unwrap(), "-q", number]);
+        assert_eq!(output.status.code(), Some(2));
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(error.contains("--queues") && error.contains(number), "{error}");
+    }
 }
 
 #[test]

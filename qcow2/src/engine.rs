@@ -321,6 +321,13 @@ impl Engine {
         self.replies[usize::from(queue)].pop_front()
     }
 
+    /// Whether there is an operation or a reply for `queue`.
+    #[must_use]
+    pub fn has_something_for(&self, queue: u16) -> bool {
+        let queue = usize::from(queue);
+        !self.out[queue].is_empty() || !self.replies[queue].is_empty()
+    }
+
     /// The next thing that an operator should know of and that no reply tells in full.
     pub fn next_incident(&mut self) -> Option<Failure> {
         self.incidents.pop_front()

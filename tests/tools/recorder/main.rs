@@ -11,7 +11,7 @@
 //!     w SEQ SECTOR COUNT       this write is about to be submitted
 //!     z SEQ SECTOR COUNT       the same for a write of zeros without a payload
 //!     t SEQ SECTOR COUNT       the same for a discard ("trim")
-//!     d FROM TO                FROM to TO completed, and a later fsync succeeded
+//!     d FROM TO                FROM to TO completed, and (unless --acknowledged) a later fsync too
 //!     o SECTOR SEQ             verify --pin saw this value (0: as at the start) after a crash
 //!
 //! Writes go in batches. Those of a batch do not overlap and run at the same time, together with
@@ -82,6 +82,9 @@ enum Command {
         /// A third of all is a discard or a write of zeros without a payload
         #[arg(long)]
         trim: bool,
+        /// Never fsync: what has completed counts as durable. For a device that outlives its server
+        #[arg(long)]
+        acknowledged: bool,
     },
     /// Compare a raw image with the log; prints one line of JSON, status 1 if anything is wrong
     Verify {
@@ -100,9 +103,19 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Write { device, log, seed, span, sync_every, threads, writes, trim } => {
+        Command::Write {
+            device,
+            log,
+            seed,
+            span,
+            sync_every,
+            threads,
+            writes,
+            trim,
+            acknowledged,
+        } => {
             let writes = writes.unwrap_or(u64::MAX);
-            let limits = Limits { sync_every, threads, writes, trim };
+            let limits = Limits { sync_every, threads, writes, trim, acknowledged };
             write(&device, &log, seed, span, &limits).map(|()| true)
         }
         Command::Verify { image_raw, log, base, pin } => {
@@ -126,6 +139,7 @@ struct Limits {
     threads: usize,
     writes: u64,
     trim: bool,
+    acknowledged: bool,
 }
 
 /// A write to be done.
@@ -285,8 +299,8 @@ fn write(
             lines.push_str(&format!("{} {seq} {first} {count}\n", kind.letter()));
         }
         output.write_all(lines.as_bytes())?;
-        let [written, synced] =
-            round(&device, &jobs, unsynced.is_some(), limits.threads, log.identity);
+        let sync = unsynced.is_some() && !limits.acknowledged;
+        let [written, synced] = round(&device, &jobs, sync, limits.threads, log.identity);
         if let (Ok(()), Some((from, to))) = (&synced, unsynced.take()) {
             writeln!(output, "d {from} {to}")?;
             durable += to + 1 - from;

@@ -1,0 +1,130 @@
+//! `recover` and `quiesce`: another server for a device that stays.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::unistd::Pid;
+
+use crate::cli::{AddArgs, QuiesceArgs, RecoverArgs};
+use crate::control::Control;
+use crate::server::{self, What};
+use crate::state::State;
+use crate::sys::PidFd;
+use crate::ublk::{self, DevInfo};
+
+/// How long the driver may take to notice that a server has died, and a dying one to be gone.
+const GONE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long requests may take to end before a device is quiesced.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the server may then take to close the image.
+const CLOSE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Runs `recover`.
+pub fn recover(args: &RecoverArgs) -> Result<()> {
+    let mut control = Control::open()?;
+    control.features()?;
+    let (info, state, recipe) = find(&mut control, args.number)?;
+    let info = without_server(&mut control, info, &state)?;
+    drop(control);
+    let image = state.image_path.clone();
+    let what = What::Old { info, state };
+    crate::run_server(args.foreground, |reporter| server::serve(&recipe, what, reporter))
+        .with_context(|| format!("device {}, image {image}", args.number))
+}
+
+/// Runs `quiesce`.
+pub fn quiesce(args: &QuiesceArgs) -> Result<()> {
+    let id = args.number;
+    let mut control = Control::open()?;
+    if control.features()? & ublk::F_QUIESCE == 0 {
+        bail!(
+            "the kernel's ublk driver cannot quiesce a device (Linux 6.16 can); a server that is \
+             killed is replaced by `ublk-qcow2 recover`, too"
+        );
+    }
+    let (info, state, _) = find(&mut control, id)?;
+    if info.state != ublk::STATE_LIVE {
+        bail!(
+            "device {id} is in state {}, and not being served; `ublk-qcow2 recover -n {id}` does",
+            ublk::state_name(info.state)
+        );
+    }
+    let server = pid_of(&state).and_then(|pid| PidFd::open(pid).ok());
+    control.quiesce(id, QUIESCE_LIMIT).map_err(|error| match error.errno {
+        libc::EBUSY => anyhow!(
+            "device {id}: requests did not end within {} s; it is served as before",
+            QUIESCE_LIMIT.as_secs()
+        ),
+        _ => anyhow!(error).context(format!("device {id}")),
+    })?;
+    let Some(server) = server else { return Ok(()) };
+    if !server.ended_within(CLOSE_LIMIT).context("poll")? {
+        bail!(
+            "device {id} is quiesced, but its server (process {}) has not closed the image within \
+             {} s",
+            state.pid,
+            CLOSE_LIMIT.as_secs()
+        );
+    }
+    match State::load(id) {
+        Some(State { close_error: Some(text), .. }) => {
+            bail!("device {id}: the image was not closed cleanly: {text}")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A device of ours that outlives its server.
+fn find(control: &mut Control, id: u32) -> Result<(DevInfo, State, AddArgs)> {
+    let info = control.info(id).map_err(|error| match error.errno {
+        libc::ENODEV => anyhow!("there is no ublk device {id}; `ublk-qcow2 list` shows all"),
+        _ => anyhow!(error).context(format!("device {id}")),
+    })?;
+    let state = State::of(&info).with_context(|| {
+        format!("nothing is recorded of device {id}; it is not one of ublk-qcow2")
+    })?;
+    let Some(recipe) = state.recipe.clone() else {
+        bail!(
+            "device {id} was added without --recovery, so it ends with its server; \
+             `ublk-qcow2 del -n {id}` removes it, `add` serves the image again"
+        );
+    };
+    Ok((info, state, AddArgs { number: Some(id), ..recipe }))
+}
+
+/// The device as it is without its server; an error if that lives.
+fn without_server(control: &mut Control, found: DevInfo, state: &State) -> Result<DevInfo> {
+    let id = found.dev_id;
+    if let Some(server) = pid_of(state).and_then(|pid| PidFd::open(pid).ok())
+        && State::is_server(state.pid)
+        && !server.ended_within(Duration::from_secs(1)).context("poll")?
+    {
+        bail!(
+            "device {id} is served by process {}; end that first (`ublk-qcow2 quiesce -n {id}` \
+             where the kernel has it, or kill it)",
+            state.pid
+        );
+    }
+    // A server that died a moment ago: the driver is about to notice.
+    let deadline = Instant::now() + GONE_LIMIT;
+    loop {
+        let info = control.info(id).map_err(|error| anyhow!(error).context(format!("{id}")))?;
+        match info.state {
+            ublk::STATE_QUIESCED | ublk::STATE_FAIL_IO => return Ok(info),
+            ublk::STATE_LIVE if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => bail!(
+                "device {id} is in state {}, and cannot be recovered; `ublk-qcow2 del -n {id}` \
+                 removes it",
+                ublk::state_name(other)
+            ),
+        }
+    }
+}
+
+fn pid_of(state: &State) -> Option<Pid> {
+    i32::try_from(state.pid).ok().map(Pid::from_raw)
+}
