@@ -72,7 +72,8 @@ fn main() -> ExitCode {
     let mut report = explore::explore(&config);
     let mut fault_runs = 0;
     if report.violation.is_none() && faults != 0 {
-        let found = faults::explore(config.seed, faults, config.threads);
+        let explore = if config.kills { faults::explore_kills } else { faults::explore };
+        let found = explore(config.seed, faults, config.threads);
         fault_runs = found.runs;
         report.violation = found.violation;
     }

@@ -53,6 +53,14 @@ fn after_any_fault_the_answers_are_honest() {
 }
 
 #[test]
+fn after_any_fault_a_killed_process_is_recovered() {
+    explore::announce_panics();
+    let found = faults::explore_kills(1, 10_000 / SCALE, 2);
+    none(found.violation.as_ref());
+    println!("{} runs with a fault and kills", found.runs);
+}
+
+#[test]
 fn a_violation_is_replayed_from_its_path_alone() {
     let trace = explore::replay("c512:1:20:0").unwrap();
     assert!(trace.len() > 20);

@@ -83,7 +83,7 @@ struct Hit {
     kind: OpKind,
 }
 
-/// One event in so many kills a successor that is opening the image.
+/// One event in so many kills a successor that is opening the image, or a process that closes it.
 const DEATHS_OPENING: u64 = 20;
 
 /// A result in words.
@@ -235,6 +235,8 @@ impl Run {
             Stage::Closing => {
                 if self.world.engine.is_closed() {
                     self.closed()?;
+                } else if self.world.kept.is_some() && self.prng.one_in(DEATHS_OPENING) {
+                    self.die()?;
                 } else {
                     self.complete_one()?;
                 }
