@@ -132,7 +132,7 @@ impl Engine {
     /// Adopts as much as can be.
     pub(crate) fn advance_adoption(&mut self) {
         while let Some(adoption) = &self.adoption {
-            if self.failed.is_some() {
+            if self.failed.is_some() || self.has_no_cluster_for(adoption.wait) {
                 return;
             }
             let next = adoption.records.get(adoption.done).copied();
@@ -204,6 +204,13 @@ impl Engine {
         if wait != Wait::Nothing && matches(wait) {
             self.fail_adoption(kind);
         }
+    }
+
+    /// Asking for a cluster again would be to try again what has just failed. Whether there may be
+    /// one is decided where that is seen (`check_starved`).
+    fn has_no_cluster_for(&self, wait: Wait) -> bool {
+        let none = self.allocator.error.is_some() && self.allocator.reserved() == 0;
+        wait == Wait::Reserve && none
     }
 
     pub(crate) fn adoption_waits_for(&self, wait: Wait) -> bool {

@@ -30,6 +30,16 @@ impl Kept {
         Self { bytes, log, late: Vec::new() }
     }
 
+    /// One with these records in it.
+    #[must_use]
+    pub fn with(records: &[Record]) -> Self {
+        let mut kept = Self::new(64);
+        for &record in records {
+            kept.log.apply(&mut kept.bytes, JournalEvent::Record(record));
+        }
+        kept
+    }
+
     /// A new process finds the bytes, and all records in them.
     ///
     /// # Errors
