@@ -8,7 +8,9 @@
 //!   with these folders as text, and opened from the folder's descriptor, with no way out of it:
 //!   the kernel sees to that (`openat2` with RESOLVE_BENEATH). Where a symbolic link leads out, the
 //!   place it leads to is looked for in the same folders, in the same way.
-//! - It must be a regular file; a block device only if it was given on the command line.
+//! - It must be a regular file; a block device only if it was given on the command line. What it is
+//!   is known before it is opened for reading: opening a tape or a watchdog does something already.
+//! - An image that is a device node has no folder of its own: /dev/vg is no place for files.
 //! - Its format must be declared. It is never guessed, since a guest can write a header into a raw
 //!   disk.
 //! - A relative name is relative to the folder of the image that has it, as its path was written.
@@ -16,10 +18,11 @@
 //! - Its own external data file, if it has one, is never opened: such an image is refused.
 
 use std::ffi::{CString, OsStr};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, FileType, OpenOptions};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -27,7 +30,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use qcow2::{Backing, Header, Layer};
 
-use crate::files::Source;
+use crate::files::{FileKind, Source, reopen};
 use crate::lock;
 
 /// Files beneath an image, at the most.
@@ -52,6 +55,7 @@ enum Format {
 /// Opens all that lies beneath `image`, whose files (for the search for loops) are `known`.
 pub fn chain(
     image: &Path,
+    kind: FileKind,
     known: Vec<(u64, u64)>,
     header: &Header,
     allow: &[PathBuf],
@@ -61,7 +65,7 @@ pub fn chain(
     let Some(mut named) = header.backing().cloned() else { return Ok(chain) };
     let mut known = known;
     let mut folder = folder_of(image)?;
-    let allowed = Allowed::new(&folder, image, allow)?;
+    let allowed = Allowed::new(&folder, image, kind, allow)?;
     let mut above = image.to_path_buf();
     loop {
         let shown = shown(&named.name);
@@ -144,7 +148,7 @@ fn shown(name: &[u8]) -> String {
 }
 
 /// A name as the shell wants it.
-fn quoted(name: &OsStr) -> String {
+pub fn quoted(name: &OsStr) -> String {
     let text = name.to_string_lossy();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+,:@%=".contains(c);
     match text.chars().all(plain) && !text.is_empty() {
@@ -180,7 +184,11 @@ fn absolute(folder: &Path, name: &[u8]) -> Result<PathBuf> {
 }
 
 /// Where backing files may lie.
-struct Allowed(Vec<Place>);
+struct Allowed {
+    places: Vec<Place>,
+    /// What is said of a file that lies elsewhere.
+    elsewhere: &'static str,
+}
 
 struct Place {
     /// How it may be spelled: as it was given, and without symbolic links.
@@ -217,15 +225,22 @@ enum Found {
 
 impl Allowed {
     /// `folder` is the real one of `image`.
-    fn new(folder: &Path, image: &Path, allow: &[PathBuf]) -> Result<Self> {
-        let mut own = Place::new(folder).context("the folder of the image")?;
-        let spelled = std::path::absolute(image).ok();
-        own.names.extend(spelled.as_ref().and_then(|path| path.parent()).map(Path::to_path_buf));
-        let mut places = vec![own];
+    fn new(folder: &Path, image: &Path, kind: FileKind, allow: &[PathBuf]) -> Result<Self> {
+        let mut places = Vec::new();
+        let elsewhere = if kind.is_device() {
+            "lies beneath no folder that is allowed (an image that is a device has none of its own)"
+        } else {
+            let mut own = Place::new(folder).context("the folder of the image")?;
+            let spelled = std::path::absolute(image).ok();
+            let spelled = spelled.as_ref().and_then(|path| path.parent());
+            own.names.extend(spelled.map(Path::to_path_buf));
+            places.push(own);
+            "does not lie beneath the image's own folder"
+        };
         for path in allow {
             places.push(Place::new(path)?);
         }
-        Ok(Self(places))
+        Ok(Self { places, elsewhere })
     }
 
     fn open(&self, path: &Path, shown: &str) -> Result<File> {
@@ -235,7 +250,7 @@ impl Allowed {
                 bail!("the backing file {shown} does not exist ({})", path.display())
             }
             Found::Failed(errno) => Err(cannot_open(errno, shown)),
-            Found::Elsewhere => Err(outside(path, shown)),
+            Found::Elsewhere => Err(self.outside(path, shown)),
             Found::Escapes => self.follow(path, shown),
         }
     }
@@ -247,13 +262,13 @@ impl Allowed {
         match self.search(&real, ResolveFlag::RESOLVE_NO_SYMLINKS) {
             Found::File(file) => Ok(file),
             Found::Failed(errno) => Err(cannot_open(errno, shown)),
-            Found::Elsewhere | Found::Escapes => Err(outside(&real, shown)),
+            Found::Elsewhere | Found::Escapes => Err(self.outside(&real, shown)),
         }
     }
 
     fn search(&self, path: &Path, more: ResolveFlag) -> Found {
         let mut result = Found::Elsewhere;
-        for place in &self.0 {
+        for place in &self.places {
             for name in &place.names {
                 match (place.open(name, path, more), &result) {
                     (Found::File(file), _) => return Found::File(file),
@@ -270,20 +285,38 @@ impl Allowed {
             result => result,
         }
     }
+
+    fn outside(&self, path: &Path, shown: &str) -> anyhow::Error {
+        let climbs = path.components().any(|part| part == Component::ParentDir);
+        // Beneath /dev a folder allows nothing that anybody wants.
+        let device = path.starts_with("/dev").then_some(path);
+        let next = match device.or_else(|| path.parent()) {
+            Some(place) if !climbs => {
+                format!("--allow-backing {} allows it", quoted(place.as_os_str()))
+            }
+            _ => "give it a name without '..' in the middle with 'qemu-img rebase -u'".to_string(),
+        };
+        anyhow!(
+            "the backing file {shown} {}; it is not opened, since an image may name any file of \
+             this host; {next}",
+            self.elsewhere
+        )
+    }
 }
 
 impl Place {
     /// Opens `path` if it begins with `name`, one of this place's.
     fn open(&self, name: &Path, path: &Path, more: ResolveFlag) -> Found {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        // So far nothing happens to what is there, whatever that is.
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
         let Some(folder) = &self.folder else {
             if path != name {
                 return Found::Elsewhere;
             }
-            let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(name);
-            return match file {
-                Ok(file) => Found::File(file),
-                Err(error) => Found::Failed(Errno::from_raw(error.raw_os_error().unwrap_or(0))),
+            let found = OpenOptions::new().read(true).custom_flags(flags.bits()).open(name);
+            return match found {
+                Ok(found) => open_if(&found, |kind| kind.is_file() || kind.is_block_device()),
+                Err(error) => Found::Failed(errno_of(&error)),
             };
         };
         let Ok(rest) = path.strip_prefix(name) else { return Found::Elsewhere };
@@ -292,48 +325,45 @@ impl Place {
         let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS | more;
         let how = OpenHow::new().flags(flags).resolve(resolve);
         match openat2(folder.as_fd(), rest.as_c_str(), how) {
-            Ok(file) => {
-                let file = File::from(file);
-                match file.metadata() {
-                    Ok(data) if data.is_file() => Found::File(file),
-                    _ => Found::Failed(NOT_A_FILE),
-                }
-            }
+            Ok(found) => open_if(&File::from(found), FileType::is_file),
             Err(Errno::EXDEV) => Found::Escapes,
             Err(errno) => Found::Failed(errno),
         }
     }
 }
 
+/// Opens what `found` names, for reading, if it is of the right kind.
+fn open_if(found: &File, right: impl Fn(&FileType) -> bool) -> Found {
+    match found.metadata() {
+        Ok(data) if right(&data.file_type()) => {}
+        Ok(_) => return Found::Failed(NOT_A_FILE),
+        Err(error) => return Found::Failed(errno_of(&error)),
+    }
+    match reopen(found, false) {
+        Ok(file) => Found::File(file),
+        Err(error) => Found::Failed(errno_of(&error)),
+    }
+}
+
+fn errno_of(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}
+
 fn cannot_open(errno: Errno, shown: &str) -> anyhow::Error {
     match errno {
         NOT_A_FILE => anyhow!(
-            "the backing file {shown} is not a regular file; a block device is opened if \
-             --allow-backing names it"
+            "the backing file {shown} is not a regular file, nor a block device that \
+             --allow-backing names"
         ),
         errno => anyhow!("the backing file {shown} cannot be opened: {}", errno.desc()),
     }
 }
 
-fn outside(path: &Path, shown: &str) -> anyhow::Error {
-    let climbs = path.components().any(|part| part == Component::ParentDir);
-    // Beneath /dev a folder allows nothing that anybody wants.
-    let device = path.starts_with("/dev").then_some(path);
-    let next = match device.or_else(|| path.parent()) {
-        Some(place) if !climbs => {
-            format!("--allow-backing {} allows it", quoted(place.as_os_str()))
-        }
-        _ => "give it a name without '..' in the middle with 'qemu-img rebase -u'".to_string(),
-    };
-    anyhow!(
-        "the backing file {shown} does not lie beneath the image's own folder; it is not opened, \
-         since an image may name any file of this host; {next}"
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+    use std::{slice, thread};
 
     #[test]
     fn names_are_relative_to_the_folder_and_have_no_prefixes() {
@@ -345,6 +375,47 @@ mod tests {
         assert_eq!(whole("c/../x"), Path::new("/a/b/c/../x"));
         assert_eq!(whole("nbd:host:1"), Path::new("/a/b/nbd:host:1"));
         assert!(absolute(Path::new("/a"), b"x\0y").is_err());
+    }
+
+    /// Opening a pipe for reading lets go whoever waits for a reader; a tape would be wound.
+    #[test]
+    fn what_is_no_file_is_not_opened_to_find_that_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let real = fs::canonicalize(folder.path()).unwrap();
+        let pipe = real.join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let waiting = thread::spawn({
+            let pipe = pipe.clone();
+            move || OpenOptions::new().write(true).open(pipe)
+        });
+        thread::sleep(Duration::from_millis(50));
+        let image = real.join("image");
+        for allow in [&[][..], slice::from_ref(&pipe)] {
+            let allowed = Allowed::new(&real, &image, FileKind::Regular, allow).unwrap();
+            let error = allowed.open(&pipe, "\"pipe\"").unwrap_err();
+            assert!(error.to_string().contains("is not a regular file"), "{error}");
+        }
+        thread::sleep(Duration::from_millis(50));
+        assert!(!waiting.is_finished(), "somebody opened the pipe");
+        File::open(&pipe).unwrap();
+        waiting.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn an_image_that_is_a_device_has_no_folder_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let real = fs::canonicalize(folder.path()).unwrap();
+        let (image, base) = (real.join("image"), real.join("base"));
+        fs::write(&base, b"beneath").unwrap();
+        let open = |kind, allow: &[PathBuf]| {
+            Allowed::new(&real, &image, kind, allow).unwrap().open(&base, "\"base\"").map(drop)
+        };
+        open(FileKind::Regular, &[]).unwrap();
+        let device = FileKind::BlockDevice { size: 1 << 20 };
+        let error = open(device, &[]).unwrap_err().to_string();
+        let next = format!("--allow-backing {} allows it", real.display());
+        assert!(error.contains("a device") && error.contains(&next), "{error}");
+        open(device, slice::from_ref(&real)).unwrap();
     }
 
     #[test]

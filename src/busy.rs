@@ -11,6 +11,7 @@ pub fn users(id: u32) -> Vec<String> {
     let mut found = mounts(id);
     found.extend(swaps(id));
     found.extend(holders(id));
+    found.extend(exports(id, Path::new("/sys/kernel/config/nvmet/subsystems")));
     found.extend(openers(id));
     found
 }
@@ -69,6 +70,24 @@ fn holders(id: u32) -> Vec<String> {
     names.map(|name| format!("used by {}", name.to_string_lossy())).collect()
 }
 
+/// Namespaces of the kernel's NVMe target, whose folder of subsystems is given. It opens a device
+/// for itself, and not exclusively, so nothing else here sees it.
+fn exports(id: u32, subsystems: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    // Without the folder there is no target.
+    for subsystem in fs::read_dir(subsystems).into_iter().flatten().flatten() {
+        let namespaces = fs::read_dir(subsystem.path().join("namespaces"));
+        for namespace in namespaces.into_iter().flatten().flatten() {
+            let read = |name| fs::read_to_string(namespace.path().join(name)).unwrap_or_default();
+            if read("enable").trim() == "1" && is_of(id, read("device_path").trim()) {
+                let name = subsystem.file_name();
+                found.push(format!("exported by the NVMe target as {}", name.to_string_lossy()));
+            }
+        }
+    }
+    found
+}
+
 fn openers(id: u32) -> Vec<String> {
     let mut found = Vec::new();
     let Ok(processes) = fs::read_dir("/proc") else { return found };
@@ -103,6 +122,19 @@ mod tests {
         for path in ["/dev/ublkb11", "/dev/ublkb1px", "/dev/ublkb1p", "/dev/ublkc1", "/dev/ublkb"] {
             assert!(!is_of(1, path), "{path}");
         }
+    }
+
+    #[test]
+    fn an_export_is_found_while_it_is_enabled() {
+        let folder = tempfile::tempdir().unwrap();
+        let namespace = folder.path().join("nqn.test/namespaces/1");
+        fs::create_dir_all(&namespace).unwrap();
+        fs::write(namespace.join("device_path"), "/dev/ublkb3\n").unwrap();
+        fs::write(namespace.join("enable"), "0\n").unwrap();
+        assert!(exports(3, folder.path()).is_empty());
+        fs::write(namespace.join("enable"), "1\n").unwrap();
+        assert_eq!(exports(3, folder.path()), ["exported by the NVMe target as nqn.test"]);
+        assert!(exports(4, folder.path()).is_empty());
     }
 
     #[test]

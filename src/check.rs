@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::{CheckArgs, Output, RepairKind};
 use crate::image_file::ImageFile;
-use crate::{list, lock};
+use crate::list;
 
 /// Exit status: corruptions.
 const CORRUPTIONS: u8 = 2;
@@ -44,7 +44,10 @@ struct Outcome {
 /// Runs `check`; returns the exit status.
 pub fn run(args: &CheckArgs) -> Result<u8> {
     let mut image = ImageFile::open(&args.file, args.repair.is_some())?;
-    lock::take(&image.file, args.repair.is_none(), lock::Policy::On)?;
+    if let Some(note) = image.lock(args.repair.is_none(), args.lock)? {
+        let name = args.file.to_string_lossy();
+        eprintln!("ublk-qcow2: {}", list::plain(&format!("{name}: {note}")));
+    }
     let bar = Bar::new();
     let outcome = match args.repair {
         None => check_with(&image, &mut |done, total| bar.show("checking", done, total))
@@ -267,6 +270,6 @@ impl Outcome {
 }
 
 /// A number with its noun.
-fn counted(count: u64, noun: &str) -> String {
+pub fn counted(count: u64, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }

@@ -88,6 +88,9 @@ fields of `qemu-img info --output=json`, and \"features\" and \"stale-bitmaps\" 
     Info(InfoArgs),
     /// Show what the kernel's ublk driver can do, and what of it is used.
     Features,
+    /// Print what a package has besides the program.
+    #[command(hide = true)]
+    Dist(DistArgs),
 }
 
 /// `add`
@@ -148,9 +151,15 @@ pub struct AddArgs {
     #[arg(long, value_name = "MODE", value_enum)]
     pub recovery: Option<Recovery>,
 
-    /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device.
+    /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device. For a service manager
+    /// too: it is told over NOTIFY_SOCKET when the device is usable.
     #[arg(long)]
     pub foreground: bool,
+
+    /// Let udev and systemd look at what is on the disk, and act on it: file systems, volume
+    /// groups, arrays. The udev rules of the package keep them from it otherwise.
+    #[arg(long)]
+    pub trust_content: bool,
 
     /// Logical block size of the device in bytes: 512 or 4096.
     #[arg(long, value_name = "BYTES", default_value_t = 512, value_parser = block_size)]
@@ -217,7 +226,7 @@ pub enum Discard {
     Unmap,
     /// Keeps the host space, so that later writes need no new one.
     Keep,
-    /// Nothing: what was discarded still reads as before.
+    /// Nothing: the device has no discards.
     Ignore,
 }
 
@@ -268,6 +277,10 @@ pub struct CheckArgs {
     #[arg(long, value_name = "WHAT")]
     pub repair: Option<RepairKind>,
 
+    /// QEMU's image locks. Without them, make sure that nothing else uses the image.
+    #[arg(long, value_enum, default_value_t)]
+    pub lock: lock::Policy,
+
     /// How to print the result.
     #[arg(long, value_name = "FORMAT", default_value = "human")]
     pub output: Output,
@@ -297,6 +310,22 @@ pub struct InfoArgs {
     /// How to print it.
     #[arg(long, value_name = "FORMAT", default_value = "human")]
     pub output: Output,
+}
+
+/// `dist`
+#[derive(Args, Debug)]
+pub struct DistArgs {
+    #[command(subcommand)]
+    pub what: DistWhat,
+}
+
+/// What to print.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum DistWhat {
+    /// Completions of this command line for a shell.
+    Completions { shell: clap_complete::Shell },
+    /// The manual page.
+    Man,
 }
 
 fn block_size(text: &str) -> Result<u32, String> {

@@ -18,6 +18,7 @@ use nix::unistd::{ForkResult, Pid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, 
 
 use crate::control::Control;
 use crate::device;
+use crate::notify;
 use crate::signals::Signals;
 use crate::state::State;
 use crate::sys;
@@ -40,6 +41,9 @@ impl Reporter {
     /// What is being done, for the message of a parent that waits too long.
     pub fn stage(&mut self, what: &str) -> Result<()> {
         tracing::info!("{what}");
+        if let Self::Foreground = self {
+            notify::stage(what, START_LIMIT);
+        }
         self.send("stage", what)
     }
 
@@ -54,8 +58,16 @@ impl Reporter {
                 Ok(dup2_stderr(&null)?)
             }
             Self::Foreground => {
-                writeln!(io::stdout(), "{}", path.display()).context("writing to stdout")
+                writeln!(io::stdout(), "{}", path.display()).context("writing to stdout")?;
+                notify::ready(path)
             }
+        }
+    }
+
+    /// The device is going away.
+    pub fn stopping(&mut self) {
+        if let Self::Foreground = self {
+            notify::stopping();
         }
     }
 

@@ -41,6 +41,8 @@ pub struct Wanted {
     /// log2 of the cluster size, the optimal size of requests.
     pub cluster_bits: u32,
     pub read_only: bool,
+    /// Does a discard do anything?
+    pub discard: bool,
 }
 
 /// What happens to requests when the server of a device has died. The device stays, and `recover`
@@ -218,6 +220,10 @@ impl Device {
 
     /// Tells the driver size, block sizes and cache.
     pub fn set_params(&self, control: &mut Control) -> Result<()> {
+        Ok(control.set_params(self.id(), self.params()?)?)
+    }
+
+    fn params(&self) -> Result<Params> {
         let max_sectors = self.max_request() / 512;
         let shift = |bytes: u32| u8::try_from(bytes.trailing_zeros()).unwrap_or(12);
         // A read-only disk has nothing to flush.
@@ -242,7 +248,8 @@ impl Device {
         let discard = ParamDiscard {
             alignment: 0,
             granularity: 1 << self.wanted.cluster_bits.max(12),
-            max_discard_sectors: most,
+            // Without this the kernel has none, and who asks for one is told so.
+            max_discard_sectors: if self.wanted.discard { most } else { 0 },
             max_write_zeroes_sectors: most,
             max_segments: 1,
             reserved: 0,
@@ -255,8 +262,7 @@ impl Device {
             types |= ublk::PARAM_DMA_ALIGN;
         }
         let dma_alignment = alignment.saturating_sub(1);
-        let params = Params { len, types, basic, discard, dma_alignment, ..Params::default() };
-        Ok(control.set_params(self.id(), params)?)
+        Ok(Params { len, types, basic, discard, dma_alignment, ..Params::default() })
     }
 
     /// Starts the device and waits until its block device node can be opened.
@@ -370,4 +376,37 @@ pub fn all() -> Result<Vec<u32>> {
     }
     ids.sort_unstable();
     Ok(ids)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_has_discards_only_where_they_do_something() {
+        let params = |read_only, discard| {
+            let wanted = Wanted {
+                id: None,
+                queues: 1,
+                depth: 1,
+                path: None,
+                memory_alignment: 1,
+                size: 1 << 30,
+                block: 512,
+                cluster_bits: 16,
+                read_only,
+                discard,
+            };
+            let info = DevInfo { max_io_buf_bytes: MAX_REQUEST, ..DevInfo::default() };
+            Device { info, path: DataPath::Copy, wanted }.params().unwrap()
+        };
+        let limits = |params: Params| {
+            let ParamDiscard { max_discard_sectors, max_write_zeroes_sectors, .. } = params.discard;
+            let told = params.types & ublk::PARAM_DISCARD != 0;
+            (told && max_discard_sectors != 0, told && max_write_zeroes_sectors != 0)
+        };
+        assert_eq!(limits(params(false, true)), (true, true));
+        assert_eq!(limits(params(false, false)), (false, true));
+        assert_eq!(limits(params(true, true)), (false, false));
+    }
 }

@@ -5,13 +5,11 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use qcow2::Geometry;
 
 use crate::buffer::PAGE;
 use crate::files::Source;
 use crate::sys;
-
-/// Of one cluster, with extended L2 entries.
-const SUBCLUSTERS: u64 = 32;
 
 /// Direct or buffered I/O on the image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,19 +48,11 @@ pub fn choose(source: &mut Source, mode: Mode, block: u32) -> Result<Option<Stri
 
 /// The same once the image is known: what has a mapping of its own may lie anywhere, and is read
 /// and written by itself. That is a cluster, or with extended L2 entries a subcluster.
-pub fn fit(
-    source: &mut Source,
-    mode: Mode,
-    cluster: u64,
-    extended_l2: bool,
-) -> Result<Option<String>> {
-    let (unit, what) = match extended_l2 {
-        true => (cluster / SUBCLUSTERS, "subclusters"),
-        false => (cluster, "clusters"),
-    };
-    if u64::from(source.alignment) <= unit {
+pub fn fit(source: &mut Source, mode: Mode, geometry: Geometry) -> Result<Option<String>> {
+    if u64::from(source.alignment) <= geometry.unit_size() {
         return Ok(None);
     }
+    let what = if geometry.has_extended_l2() { "subclusters" } else { "clusters" };
     give_up(source, mode, &format!("needs {what} of 4096 bytes or more there"))
 }
 
@@ -113,6 +103,22 @@ fn needed_alignment(file: &File) -> Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use qcow2::Header;
+
+    /// Of an image with clusters of this size.
+    fn geometry(cluster: u32, extended_l2: bool) -> Geometry {
+        let mut bytes = vec![0; cluster as usize];
+        bytes[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        bytes[23] = u8::try_from(cluster.trailing_zeros()).unwrap();
+        // The virtual size, which one L1 entry is enough for, and the tables.
+        (bytes[30], bytes[39], bytes[59]) = (2, 1, 1);
+        for at in [40, 48] {
+            bytes[at..at + 8].copy_from_slice(&u64::from(cluster).to_be_bytes());
+        }
+        bytes[79] = if extended_l2 { 16 } else { 0 };
+        (bytes[99], bytes[103]) = (4, 104);
+        Header::parse(&bytes, 1 << 30, true).unwrap().geometry()
+    }
 
     #[test]
     fn subclusters_are_the_least_that_direct_io_has_to_reach() {
@@ -120,7 +126,7 @@ mod tests {
             let file = tempfile::tempfile().unwrap();
             let mut source = Source::new(file, true).unwrap();
             source.alignment = alignment;
-            let note = fit(&mut source, mode, cluster, extended_l2);
+            let note = fit(&mut source, mode, geometry(cluster, extended_l2));
             note.map(|note| (note.is_none(), source.is_direct()))
         };
         let auto = |alignment, cluster, l2| fits(alignment, cluster, l2, Mode::Auto).unwrap();

@@ -1,13 +1,14 @@
 //! The files of an image: the image itself, its external data file, and those beneath it; what they
 //! are stored in, and reading and writing them while nothing is served yet.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use qcow2::{Extent, FileId};
 
 use crate::buffer::PAGE;
@@ -52,6 +53,37 @@ impl FileKind {
     pub fn is_device(self) -> bool {
         matches!(self, Self::BlockDevice { .. })
     }
+}
+
+/// Opens a file for reading, and for writing if wanted. A pipe or a terminal does not hold this up.
+fn open_plain(path: &Path, write: bool) -> io::Result<File> {
+    // The standard library sets O_CLOEXEC.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
+}
+
+/// The same file once more, with flags and a position of its own; also one that is only a path.
+pub fn reopen(file: &File, write: bool) -> io::Result<File> {
+    open_plain(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())), write)
+}
+
+/// Opens an image, or its data file. Errors do not name it; where it cannot be written to but read,
+/// they have the next step `instead`.
+pub fn open_image(path: &Path, write: bool, instead: &str) -> Result<File> {
+    open_plain(path, write).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOENT) => anyhow!("no such file"),
+        Some(libc::EISDIR) => anyhow!("is a directory; give a qcow2 image file"),
+        Some(libc::EACCES | libc::EPERM | libc::EROFS)
+            if write && open_plain(path, false).is_ok() =>
+        {
+            anyhow!("cannot be opened for writing ({error}); {instead}")
+        }
+        Some(libc::EACCES | libc::EPERM) => {
+            let and_write = if write { " and write" } else { "" };
+            anyhow!("permission denied; run as a user that may read{and_write} it")
+        }
+        _ => anyhow!("cannot be opened: {error}"),
+    })
 }
 
 /// One open file. Its locks are released when the last copy is dropped.

@@ -1,16 +1,17 @@
 //! An image as `check` and `info` see it: a file that is read, or repaired, at any place.
 
 use std::cell::RefCell;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use qcow2::check::repair::{RepairIo, WriteError};
 use qcow2::check::{ReadAt, ReadError};
 
-use crate::files::FileKind;
+use crate::files::{FileKind, open_image};
+use crate::lock;
 
 /// An open image.
 pub struct ImageFile {
@@ -24,20 +25,7 @@ pub struct ImageFile {
 impl ImageFile {
     /// Opens an image; a pipe or a terminal does not hold this up. Errors do not name the image.
     pub fn open(path: &Path, write: bool) -> Result<Self> {
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        let file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);
-        let file = file.map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOENT) => anyhow!("no such file"),
-            Some(libc::EISDIR) => anyhow!("is a directory; give a qcow2 image file"),
-            Some(libc::EACCES | libc::EPERM) if write => {
-                anyhow!("permission denied; run as a user that may read and write it")
-            }
-            Some(libc::EACCES | libc::EPERM) => {
-                anyhow!("permission denied; run as a user that may read it")
-            }
-            _ => anyhow!("cannot be opened{}: {error}", if write { " for writing" } else { "" }),
-        })?;
-        Self::over(file)
+        Self::over(open_image(path, write, "'check' without --repair only reads it")?)
     }
 
     /// The same of a file that is open.
@@ -45,6 +33,15 @@ impl ImageFile {
         let kind = FileKind::of(&file)?;
         let len = kind.len(&file).context("cannot get the length of the file")?;
         Ok(Self { file, kind, len, failure: RefCell::new(None) })
+    }
+
+    /// Takes the locks of a reader or a writer, and looks again how long the file is: until then
+    /// somebody else may have changed that. A note says where there are no locks.
+    pub fn lock(&mut self, read_only: bool, policy: lock::Policy) -> Result<Option<String>> {
+        let note = lock::take(&self.file, read_only, policy)?;
+        self.kind = FileKind::of(&self.file)?;
+        self.len = self.kind.len(&self.file).context("cannot get the length of the file")?;
+        Ok(note)
     }
 
     /// An error of the library, with what the operating system said of it, if anything.
@@ -118,5 +115,21 @@ impl RepairIo for ImageFile {
         }
         self.len = len.max(self.len);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_length_is_the_one_under_the_lock() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1000).unwrap();
+        let mut image = ImageFile::open(file.path(), true).unwrap();
+        // Somebody who still has the image writes to it, and goes.
+        file.as_file().set_len(5000).unwrap();
+        assert_eq!(image.lock(false, lock::Policy::On).unwrap(), None);
+        assert_eq!(image.len(), 5000);
     }
 }

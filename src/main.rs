@@ -5,9 +5,9 @@
 //!
 //! ```text
 //!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock, direct    main thread: start, signals, stop
-//!                ├─ del               │   └─ recover, backing, snapshots, bitmaps
-//!                ├─ list              ├─ device ── control       ublk's control commands
-//!                └─ check, info       ├─ state                   what `list` and `del` read
+//!                │   └─ notify        │   └─ recover, backing, snapshots, bitmaps
+//!                ├─ del, list         ├─ device ── control       ublk's control commands
+//!                └─ check, info, dist ├─ state                   what `list`, `del`, udev read
 //!                    image_file       └─ link ── queue ── driver the queue thread: all I/O
 //!                                         ring, buffer ┘ ├─ files
 //!                                                        └─ pool ── inflate  worker threads
@@ -28,6 +28,7 @@ mod decode;
 mod del;
 mod device;
 mod direct;
+mod dist;
 mod driver;
 mod errno;
 mod fence;
@@ -35,10 +36,12 @@ mod files;
 mod image_file;
 mod inflate;
 mod info;
+mod isolate;
 mod journal;
 mod link;
 mod list;
 mod lock;
+mod notify;
 mod open;
 mod payload;
 mod pool;
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         Command::Quiesce(args) => ("".into(), resume::quiesce(args).map(|()| 0)),
         Command::List(args) => ("".into(), list::run(args).map(|()| 0)),
         Command::Features => ("".into(), list::features().map(|()| 0)),
+        Command::Dist(args) => ("".into(), dist::run(args).map(|()| 0)),
         Command::Check(args) => (args.file.to_string_lossy(), check::run(args)),
         Command::Info(args) => (args.file.to_string_lossy(), info::run(args).map(|()| 0)),
     };

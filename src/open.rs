@@ -2,23 +2,22 @@
 //!
 //! The order: open without side effects, lock, decide between direct and buffered I/O, read header
 //! and tables in that same mode, open what else the image consists of, hand all to the engine.
-//! [`open`] writes nothing, so that an image which cannot be served stays as it was. What an
-//! earlier crash has left is mended by [`mend`] (`recover.rs`), once it is sure that there is a
-//! driver; what is to be written before the first guest request by [`Opened::prepare`].
+//! [`open`] writes nothing, so that an image which cannot be served stays as it was. One that is
+//! to be written to is first looked at by [`look`]; what an earlier crash has left is mended by
+//! [`mend`] (`recover.rs`), once it is sure that there is a driver; what is to be written before
+//! the first guest request by [`Opened::prepare`].
 //!
 //! Whether the image lies on a device of our own needs no check: its device does not exist yet.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use nix::fcntl::OFlag;
 use qcow2::{Engine, Header, Image, Options};
 
 pub use crate::direct::Mode;
-use crate::files::{Files, Source};
+use crate::files::{Files, Source, open_image};
 use crate::journal::Journal;
 use crate::{backing, bitmaps, direct, lock, recover, snapshots};
 
@@ -63,16 +62,34 @@ impl Opened {
     }
 }
 
+/// Why an image is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// To find out whether it can be served for writing, once it is mended.
+    Look,
+    /// To serve it.
+    Serve,
+}
+
 /// Opens the image. Errors do not name it; the caller does.
 pub fn open(wanted: &Wanted) -> Result<Opened> {
+    open_for(wanted, Purpose::Serve)
+}
+
+/// Before an image is mended and served for writing: finds out what is in the way of that.
+pub fn look(wanted: &Wanted) -> Result<()> {
+    let opened = open_for(wanted, Purpose::Look)?;
+    recover::judge(&opened.files.image.file, &wanted.path)
+}
+
+fn open_for(wanted: &Wanted, purpose: Purpose) -> Result<Opened> {
     let read_only = wanted.options.read_only;
     let mut notes = Vec::new();
     let mut file = open_source(&wanted.path, wanted, &mut notes)?;
     let len = file.len().context("cannot get the length of the file")?;
-    let header = read_header(&file, len, read_only)?;
+    let header = read_header(&file, len, read_only, purpose)?;
     let geometry = header.geometry();
-    let (cluster, extended_l2) = (geometry.cluster_size(), geometry.has_extended_l2());
-    notes.extend(direct::fit(&mut file, wanted.mode, cluster, extended_l2)?);
+    notes.extend(direct::fit(&mut file, wanted.mode, geometry)?);
     let header = match &wanted.snapshot {
         Some(snapshot) => {
             let snapshot = snapshots::find(&file, header.snapshots(), snapshot)?;
@@ -87,7 +104,7 @@ pub fn open(wanted: &Wanted) -> Result<Opened> {
     let mut known = vec![file.identity()?];
     known.extend(data.as_ref().map(Source::identity).transpose()?);
     let allow = &wanted.allow_backing;
-    let beneath = backing::chain(&wanted.path, known, &header, allow, wanted.lock)?;
+    let beneath = backing::chain(&wanted.path, file.kind, known, &header, allow, wanted.lock)?;
     notes.extend(beneath.notes);
 
     let (version, bitmaps, table) = (header.version(), header.bitmaps(), header.snapshots());
@@ -117,15 +134,13 @@ pub fn open(wanted: &Wanted) -> Result<Opened> {
     Ok(Opened { files, engine, direct, notes, version, cluster_bits, marks, journal })
 }
 
-fn read_header(file: &Source, len: u64, read_only: bool) -> Result<Header> {
+fn read_header(file: &Source, len: u64, read_only: bool, purpose: Purpose) -> Result<Header> {
     let first = file.up_to(512).context("reading the header")?;
     let bytes = file.up_to(Header::needed(&first)?).context("reading the header")?;
     let header = Header::parse(&bytes, len, true)?;
-    if header.is_dirty() && !header.is_corrupt() {
-        // For writing it is mended first.
-        return Ok(header);
-    }
-    Ok(Header::parse(&bytes, len, read_only)?)
+    // What is dirty is mended first. Later it is not dirty, or somebody else had it meanwhile.
+    let mended = purpose == Purpose::Look && header.is_dirty() && !header.is_corrupt();
+    if read_only || mended { Ok(header) } else { Ok(header.for_writing()?) }
 }
 
 /// Before an image is written to: mends what an earlier crash has left in it, and says what that
@@ -134,17 +149,18 @@ pub fn mend(wanted: &Wanted, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result
     let mut notes = Vec::new();
     let file = open_source(&wanted.path, wanted, &mut notes)?;
     let len = file.len().context("cannot get the length of the file")?;
-    let header = read_header(&file, len, true)?;
+    let header = read_header(&file, len, false, Purpose::Look)?;
     if header.is_dirty() {
         return recover::rebuild(&file.file, tell).map(Some);
     }
-    recover::reclaim(&file.file, header.geometry().cluster_size())
+    recover::reclaim(&file.file, &wanted.path, header.geometry().cluster_size())
 }
 
 /// Opens and locks a file that is written to if the image is.
 fn open_source(path: &Path, wanted: &Wanted, notes: &mut Vec<String>) -> Result<Source> {
     let read_only = wanted.options.read_only;
-    let mut source = Source::new(open_file(path, read_only)?, read_only)?;
+    let file = open_image(path, !read_only, "--read-only serves it for reading")?;
+    let mut source = Source::new(file, read_only)?;
     // Opened so that a pipe or a terminal could not hold us up; that is settled now.
     direct::clear_flag(&source.file, OFlag::O_NONBLOCK)?;
     notes.extend(lock::take(&source.file, read_only, wanted.lock)?);
@@ -175,9 +191,7 @@ fn open_data_file(
     let about = || format!("the data file {}", path.display());
     let mut own = Vec::new();
     let mut source = open_source(path, wanted, &mut own).with_context(about)?;
-    let (cluster, extended_l2) =
-        (header.geometry().cluster_size(), header.geometry().has_extended_l2());
-    let note = direct::fit(&mut source, wanted.mode, cluster, extended_l2);
+    let note = direct::fit(&mut source, wanted.mode, header.geometry());
     own.extend(note.with_context(about)?);
     if source.identity()? == image.identity()? {
         bail!("{} is the image itself", about());
@@ -186,21 +200,53 @@ fn open_data_file(
     Ok(Some(source))
 }
 
-fn open_file(path: &Path, read_only: bool) -> Result<File> {
-    let open = |write: bool| {
-        // The standard library sets O_CLOEXEC.
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
-    };
-    open(!read_only).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOENT) => anyhow!("no such file"),
-        Some(libc::EISDIR) => anyhow!("is a directory; give a qcow2 image file"),
-        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only && open(false).is_ok() => {
-            anyhow!("cannot be opened for writing ({error}); --read-only serves it for reading")
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+
+    fn wanted(path: &Path, read_only: bool) -> Wanted {
+        Wanted {
+            path: path.to_path_buf(),
+            mode: Mode::Auto,
+            block: 512,
+            data_file: None,
+            allow_backing: Vec::new(),
+            snapshot: None,
+            lock: lock::Policy::On,
+            options: Options { read_only, ..Options::default() },
         }
-        Some(libc::EACCES | libc::EPERM) => {
-            anyhow!("permission denied; run as a user that may read and write it")
-        }
-        _ => anyhow!("cannot be opened: {error}"),
-    })
+    }
+
+    #[test]
+    fn a_dirty_image_is_looked_at_but_not_served_for_writing_before_it_is_mended() {
+        let dirty = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/corrupt/dirty.qcow2");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("dirty.qcow2");
+        fs::copy(dirty, &path).unwrap();
+        let refused = || open(&wanted(&path, false)).err().map(|error| error.to_string());
+        look(&wanted(&path, false)).unwrap();
+        assert!(refused().unwrap().contains("marked dirty"));
+        open(&wanted(&path, true)).unwrap();
+        let note = mend(&wanted(&path, false), &mut |_| Ok(())).unwrap();
+        assert!(note.unwrap().contains("refcounts rebuilt"));
+        assert_eq!(refused(), None);
+    }
+
+    #[test]
+    fn where_leaks_are_not_searched_for_one_line_says_so() {
+        let sound = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/images/v3-512.qcow2");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("it's.qcow2");
+        fs::copy(sound, &path).unwrap();
+        let mend = || mend(&wanted(&path, false), &mut |_| Ok(())).unwrap();
+        assert_eq!(mend(), None);
+        // So long that counting would take more memory than it is worth.
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(512 << 20).unwrap();
+        let note = mend().unwrap();
+        let next = format!("'ublk-qcow2 check -f '{}/it'\\''s.qcow2''", folder.path().display());
+        assert!(note.contains("not searched for") && note.contains(&next), "{note}");
+        assert_eq!(note.lines().count(), 1);
+    }
 }

@@ -3,26 +3,55 @@
 //! - **The dirty bit** (lazy refcounts): refcounts cannot be relied on. They are rebuilt, whatever
 //!   that takes, and the bit is cleared.
 //! - **Leaks:** a server that was killed leaves what it had reserved counted and unused. They are
-//!   looked for only where little has to be read for it, and reported and given back.
+//!   looked for only where that is cheap, and reported and given back.
+//!
+//! What a crash does not leave, and what is found on the way all the same, is refused: an image
+//! whose refcounts or flags let one cluster be used twice would lose data to the first write.
 //!
 //! All of it is done by the code of `check --repair`, with the page cache, on a descriptor of its
 //! own: the image's locks are held, and nothing serves it yet.
 
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
+use std::fs::File;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use qcow2::check::repair::{Reclaim, rebuild_if_dirty, reclaim_leaks};
+use qcow2::check::{Limits, Report, check_within};
 
+use crate::backing::quoted;
+use crate::check::counted;
+use crate::files::reopen;
 use crate::image_file::ImageFile;
 
-/// Leaks are looked for where no more metadata than this has to be read, in bytes: the L2 tables of
-/// 16 GiB in clusters of 64 KiB. That takes a few milliseconds.
-const CHEAP: u64 = 2 << 20;
+/// Leaks and errors are looked for where it takes no more than this. To be read: the L2 tables of
+/// 16 GiB in clusters of 64 KiB, which takes a few milliseconds. In memory: 20 bytes per cluster of
+/// a file of 52 GiB.
+const CHEAP: Limits = Limits { read: 2 << 20, memory: 16 << 20 };
+
+/// Refuses an image that must not be written to as it is, where that is cheap to find out. Writes
+/// nothing. What is marked dirty is for [`rebuild`].
+pub fn judge(file: &File, path: &Path) -> Result<()> {
+    let image = open_again(file, false)?;
+    match check_within(&image, CHEAP) {
+        Ok(Some(report)) if !report.dirty => refuse_unsound(&report, path),
+        Ok(_) => Ok(()),
+        Err(error) => Err(image.explain(error.into())).context("checking its tables"),
+    }
+}
+
+fn refuse_unsound(report: &Report, path: &Path) -> Result<()> {
+    let Some(finding) = report.forbids_writing else { return Ok(()) };
+    bail!(
+        "its metadata is not sound, and writing to it could destroy data ({}, such as {finding}); \
+         repair it with 'ublk-qcow2 check -f {} --repair all', or serve it with --read-only",
+        counted(report.corruptions, "corruption"),
+        quoted(path.as_os_str())
+    )
+}
 
 /// Rebuilds the refcounts of an image that is marked dirty. `tell` hears how far that is.
 pub fn rebuild(file: &File, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<String> {
-    let mut image = open_again(file)?;
+    let mut image = open_again(file, true)?;
     let mut told = Ok(());
     let mut last = u64::MAX;
     let mut progress = |_, done: u64, total: u64| {
@@ -52,31 +81,33 @@ pub fn rebuild(file: &File, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<
 }
 
 /// Gives leaked clusters back if finding them is cheap. A note says what was found.
-pub fn reclaim(file: &File, cluster_size: u64) -> Result<Option<String>> {
-    let mut image = open_again(file)?;
+pub fn reclaim(file: &File, path: &Path, cluster_size: u64) -> Result<Option<String>> {
+    let mut image = open_again(file, true)?;
+    let shown = quoted(path.as_os_str());
     match reclaim_leaks(&mut image, CHEAP, &mut |_, _, _| {}) {
         Ok(Reclaim::Reclaimed(0)) => Ok(None),
-        Ok(Reclaim::TooMuch) => {
-            // Not for the user each time: a crash may never have been.
-            tracing::info!("not searched for leaks, which would take long: see check");
-            Ok(None)
-        }
         Ok(Reclaim::Reclaimed(count)) => {
             let kib = (count * cluster_size).div_ceil(1024);
             Ok(Some(format!("{count} clusters leaked by a crash ({kib} KiB) were given back")))
         }
-        Ok(Reclaim::Unsound(report)) => Ok(Some(format!(
-            "its metadata is not sound ({} corruptions, {} leaks); look at it with \
-             'ublk-qcow2 check'",
-            report.corruptions, report.leaks
+        Ok(Reclaim::TooMuch) => Ok(Some(format!(
+            "leaks and errors were not searched for, which would take long for this image; \
+             'ublk-qcow2 check -f {shown}' does"
         ))),
+        Ok(Reclaim::Unsound(report)) => {
+            refuse_unsound(&report, path)?;
+            Ok(Some(format!(
+                "parts of it cannot be read ({} and {}); look at it with 'ublk-qcow2 check -f \
+                 {shown}'",
+                counted(report.corruptions, "corruption"),
+                counted(report.leaks, "leak")
+            )))
+        }
         Err(error) => Err(image.explain(error.into())).context("giving back leaked clusters"),
     }
 }
 
-/// The same file, without the flags and the position of `file`.
-fn open_again(file: &File) -> Result<ImageFile> {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let again = OpenOptions::new().read(true).write(true).open(path);
-    ImageFile::over(again.context("opening it once more, to mend it")?)
+/// The image once more, through the page cache.
+fn open_again(file: &File, write: bool) -> Result<ImageFile> {
+    ImageFile::over(reopen(file, write).context("opening it once more")?)
 }

@@ -24,6 +24,7 @@ use crate::device::{self, Device};
 use crate::driver::Common;
 use crate::fence::Fence;
 use crate::files::Files;
+use crate::isolate;
 use crate::journal::{self, Journal};
 use crate::link::{self, Event, MainEnd};
 use crate::open::{self, Mode, Opened};
@@ -62,6 +63,8 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
     // The tables were read into memory that is free again, of their size.
     sys::trim_memory();
     flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
+    isolate::avoid_oom_killer()?;
+    isolate::lock_memory()?;
     let wanted = device::Wanted {
         id: args.number,
         queues: args.queues,
@@ -73,6 +76,7 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         block: args.block_size,
         cluster_bits: opened.cluster_bits,
         read_only: args.read_only,
+        discard: args.discard != Discard::Ignore,
     };
     let (device, before) = match what {
         What::New => {
@@ -103,7 +107,10 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         stays: before.is_some(),
         _files: opened.files.clone(),
     };
-    let result = server.run(opened, reporter);
+    // Nothing outside the folder of states and /dev is opened from here on.
+    let result = isolate::leave_mounts()
+        .context("making a mount namespace of its own")
+        .and_then(|()| server.run(opened, reporter));
     server.leave(&result);
     result
 }
@@ -127,16 +134,16 @@ fn prepare(
         return Ok((control, open::open(&wanted)?, Some(Arc::new(fence))));
     }
     reporter.stage("opening the image")?;
-    let mut opened = open::open(&wanted)?;
-    let control = Control::open()?;
-    if !args.read_only {
-        // It can be served, and there is somebody to serve it: only now is anything written. What
-        // was opened has to go first, for it knows the tables as they were.
-        drop(opened);
-        let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
-        opened = open::open(&wanted)?;
-        opened.notes.extend(mended);
+    if args.read_only {
+        let opened = open::open(&wanted)?;
+        return Ok((Control::open()?, opened, None));
     }
+    open::look(&wanted)?;
+    let control = Control::open()?;
+    // It can be served, and there is somebody to serve it: only now is anything written.
+    let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
+    let mut opened = open::open(&wanted)?;
+    opened.notes.extend(mended);
     Ok((control, opened, None))
 }
 
@@ -193,6 +200,7 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<State> {
         read_only: args.read_only,
         direct: opened.direct,
         block_size: args.block_size,
+        trusted: args.trust_content,
         data_path: device.path.name().to_string(),
         close_error: None,
         recipe,
@@ -232,6 +240,8 @@ impl Server {
         reporter.stage("waiting for the image's first fdatasync")?;
         self.start_queues(opened)?;
         reporter.stage("starting the ublk device")?;
+        // Before the disk is there, and with it udev's first look at it.
+        self.state.tell_udev()?;
         // From here on a successor would find what it needs.
         self.state.store()?;
         let started = match self.stays {
@@ -253,7 +263,7 @@ impl Server {
             self.stop()?;
             return ready;
         }
-        self.until_end(&listener)
+        self.until_end(&listener, reporter)
     }
 
     /// Starts the first queue's thread, and when the image is ready, those of the others.
@@ -315,7 +325,7 @@ impl Server {
     }
 
     /// Serves `list` until a signal comes or the device was stopped from elsewhere.
-    fn until_end(&mut self, listener: &UnixListener) -> Result<()> {
+    fn until_end(&mut self, listener: &UnixListener, reporter: &mut Reporter) -> Result<()> {
         loop {
             let main = self.main.as_ref().context("the queue threads run")?;
             let mut set = [
@@ -329,6 +339,7 @@ impl Server {
             }
             while let Some(event) = main.event() {
                 let Event::Ended(result) = event else { continue };
+                reporter.stopping();
                 result.map_err(|text| anyhow!(text))?;
                 self.running -= 1;
             }
@@ -337,6 +348,7 @@ impl Server {
             }
             state::answer(listener, || figures(main));
             if self.signals.came() {
+                reporter.stopping();
                 return self.stop();
             }
         }
@@ -367,10 +379,13 @@ impl Server {
         Ok(())
     }
 
-    /// Whether the device waits for another server.
+    /// Whether the device waits for another server. One that was stopped is dead before its tags
+    /// are aborted; one that was taken from us goes on, and is quiesced when the driver has noticed
+    /// that our character device is closed, which may take a moment.
     fn is_handed_over(&mut self, result: &Result<()>) -> bool {
-        let waits = |info: DevInfo| info.state == ublk::STATE_QUIESCED;
-        result.is_ok() && self.control.info(self.device.id()).is_ok_and(waits)
+        let waits = |info: DevInfo| info.state != ublk::STATE_DEAD;
+        let stays = self.state.recipe.is_some() && result.is_ok();
+        stays && self.control.info(self.device.id()).is_ok_and(waits)
     }
 
     /// Removes the device, unless it waits for another server, and records how it ended.

@@ -4,7 +4,8 @@
 //! closing the image fails, and removed after a clean close. So after a daemon has ended: no file
 //! means all is well, a file with `close_error` says what failed, and a file without it means that
 //! the daemon died. `N.sock` gives live figures as JSON, one object per connection. A device that
-//! outlives its daemon also has `N.journal` and `N.fence` (`journal.rs`, `fence.rs`).
+//! outlives its daemon also has `N.journal` and `N.fence` (`journal.rs`, `fence.rs`). `N.trusted`
+//! or `N.untrusted`, which is empty, is for the udev rules (`src/dist/`).
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read, Write};
@@ -21,7 +22,8 @@ use crate::cli::AddArgs;
 use crate::device;
 use crate::ublk::DevInfo;
 
-const FOLDER: &str = "/run/ublk-qcow2";
+/// The folder.
+pub const FOLDER: &str = "/run/ublk-qcow2";
 
 /// How long `list` waits for a daemon's figures.
 const CLIENT_LIMIT: Duration = Duration::from_secs(1);
@@ -45,6 +47,9 @@ pub struct State {
     pub read_only: bool,
     pub direct: bool,
     pub block_size: u32,
+    /// Whether udev may act on what is on the disk.
+    #[serde(default)]
+    pub trusted: bool,
     /// How payload travels between kernel and daemon.
     pub data_path: String,
     /// Why closing the image failed.
@@ -114,10 +119,27 @@ impl State {
             .with_context(|| format!("writing {}", path.display()))
     }
 
+    /// Says to the udev rules that the device is ours, and what they shall do with it.
+    pub fn tell_udev(&self) -> Result<()> {
+        make_folder()?;
+        let (mark, other) = match self.trusted {
+            true => ("trusted", "untrusted"),
+            false => ("untrusted", "trusted"),
+        };
+        let (mark, other) = (path(self.id, mark), path(self.id, other));
+        // An earlier server of this number may have died.
+        match fs::remove_file(&other) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+        .with_context(|| format!("removing {}", other.display()))?;
+        fs::write(&mark, []).with_context(|| format!("making {}", mark.display()))
+    }
+
     /// Removes what is recorded for a device.
     pub fn remove(id: u32) {
         // Missing is as good as removed, and nothing depends on the rest.
-        for file in ["json", "sock", "journal", "fence"] {
+        for file in ["json", "sock", "journal", "fence", "trusted", "untrusted"] {
             let _ = fs::remove_file(path(id, file));
         }
     }

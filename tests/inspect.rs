@@ -217,7 +217,13 @@ fn somebody_elses_image_is_left_alone() {
     folder.check("image", &[], 1, &["in use"]);
     folder.check("image", &["--repair", "leaks"], 1, &["in use"]);
     assert!(folder.ours(&["info", "-f", "image"]).status.success(), "info takes no lock");
+    for policy in ["on", "auto"] {
+        folder.check("image", &["--lock", policy], 1, &["in use"]);
+    }
     assert_eq!(folder.bytes("image"), before);
+    // Who says so may, as with add.
+    folder.check("image", &["--lock", "off"], 2, &["2 corruptions"]);
+    folder.check("image", &["--lock", "off", "--repair", "all"], 0, &["repaired: "]);
 }
 
 fn json(output: &Output) -> Option<Map<String, Value>> {

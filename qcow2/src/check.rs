@@ -58,6 +58,7 @@ use alloc::vec::Vec;
 
 mod extras;
 mod header;
+mod limits;
 mod refcounts;
 pub mod repair;
 mod verdict;
@@ -65,6 +66,7 @@ mod walk;
 
 use extras::Edges;
 use header::Head;
+pub use limits::{Limits, check_within};
 pub use verdict::{CheckError, Finding, FindingKind, ReadError, Report, Summary};
 
 /// How many findings are kept.
@@ -254,6 +256,7 @@ struct State {
     tables: Edges,
     findings: Vec<Finding>,
     most_findings: usize,
+    forbids_writing: Option<Finding>,
     corruptions: u64,
     extra: u64,
     leaks: u64,
@@ -292,6 +295,7 @@ impl State {
         (self.allocated, self.fragmented, self.compressed) = (0, 0, 0);
         (self.incomplete, self.bad_blocks, self.first_beyond) = (false, false, None);
         (self.wrong_flags, self.low_refcounts, self.overflows) = (false, false, false);
+        self.forbids_writing = None;
     }
 
     fn report(&self) -> Report {
@@ -308,6 +312,7 @@ impl State {
             dirty: self.dirty,
             corrupt: self.corrupt,
             findings: self.findings.clone(),
+            forbids_writing: self.forbids_writing,
         }
     }
 }
@@ -400,7 +405,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
 
     /// Compares refcounts with references.
     fn compare(&mut self) {
-        let largest = self.largest_refcount();
+        let largest = self.head.largest_refcount();
         let mut last = 0;
         for nth in 0..self.state.used_slots {
             let slot = self.state.slots[nth];
@@ -453,8 +458,12 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         if kind.is_extra() {
             self.state.extra = self.state.extra.saturating_add(times.into());
         }
+        let finding = Finding { kind, at, found, expected, times };
+        if kind.forbids_writing() {
+            self.state.forbids_writing.get_or_insert(finding);
+        }
         if self.state.findings.len() < self.state.most_findings {
-            self.state.findings.push(Finding { kind, at, found, expected, times });
+            self.state.findings.push(finding);
         }
     }
 }

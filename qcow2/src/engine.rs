@@ -426,7 +426,8 @@ impl Engine {
     /// Memory in use.
     #[must_use]
     pub fn memory(&self) -> Memory {
-        let words = self.l1.len() + self.refcount_table.len();
+        let beneath: u64 = self.layers.iter().map(Layer::l1_entries).sum();
+        let words = self.l1.len() + self.refcount_table.len() + beneath;
         Memory {
             caches: self.l2_cache.memory() + self.refcount_cache.memory(),
             tables: words * Geometry::ENTRY_BYTES + self.metadata.memory(),

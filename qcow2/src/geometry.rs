@@ -36,7 +36,13 @@ impl Geometry {
         self.extended
     }
 
-    /// log2 of the bytes that have a mapping of their own: a subcluster, or a cluster.
+    /// Bytes that have a mapping of their own: a subcluster, or a cluster.
+    #[must_use]
+    pub fn unit_size(self) -> u64 {
+        1 << self.unit_bits()
+    }
+
+    /// log2 of [`unit_size`](Self::unit_size).
     pub(crate) fn unit_bits(self) -> u32 {
         self.cluster_bits - self.units_bits()
     }

@@ -29,6 +29,8 @@ pub(crate) const REFCOUNT_TABLE_FIELD: usize = 48;
 const MAX_L1_BYTES: u64 = 32 << 20;
 /// The refcount table is at most so long (as in QEMU), in bytes.
 pub(crate) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+/// So many snapshots at the most (as in QEMU).
+const MAX_SNAPSHOTS: u32 = 65536;
 
 /// A piece of the file, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,12 +167,31 @@ impl Header {
     /// Not a qcow2 image; a field outside its bounds; a table outside the file; a feature that is
     /// not served. (Specification: "Header", "Header extensions".)
     pub fn parse(bytes: &[u8], file_len: u64, read_only: bool) -> Result<Self, OpenError> {
+        let header = Self::parse_for_reading(bytes, file_len)?;
+        if read_only { Ok(header) } else { header.for_writing() }
+    }
+
+    /// The header of an image that is going to be written to, from one that was parsed for reading.
+    ///
+    /// # Errors
+    /// The image is marked dirty or corrupt.
+    pub fn for_writing(mut self) -> Result<Self, OpenError> {
+        self.features.may_write()?;
+        if self.features.unknown_autoclear != 0 {
+            let left = BigEndian::read_u64(&self.page[88..]) & !self.features.unknown_autoclear;
+            BigEndian::write_u64(&mut self.page[88..], left);
+            self.rewrite = true;
+        }
+        Ok(self)
+    }
+
+    fn parse_for_reading(bytes: &[u8], file_len: u64) -> Result<Self, OpenError> {
         let (version, cluster_bits) = Self::version_and_cluster_bits(bytes)?;
         let header_length = Self::header_length(bytes, version, cluster_bits)?;
         let backing = BackingName::parse(bytes, header_length, cluster_bits)?;
         let end = backing.as_ref().map_or(1 << cluster_bits, |name| name.start);
         let extensions = extensions(bytes, header_length, end)?;
-        let features = Features::parse(bytes, version, &extensions.names, read_only)?;
+        let features = Features::parse(bytes, version, &extensions.names)?;
         let backing = backing.map(|found| Backing {
             name: found.name.to_vec(),
             format: extensions.backing_format.map(<[u8]>::to_vec),
@@ -183,12 +204,6 @@ impl Header {
         let virtual_size = BigEndian::read_u64(&bytes[24..]) & !511;
         if virtual_size == 0 || virtual_size > i64::MAX as u64 {
             return Err(bounds("size", BigEndian::read_u64(&bytes[24..]), "512 to 2^63-1 bytes"));
-        }
-        let mut page = bytes[..geometry.page_size().min(bytes.len())].to_vec();
-        let rewrite = features.unknown_autoclear != 0 && !read_only;
-        if rewrite {
-            let left = BigEndian::read_u64(&page[88..]) & !features.unknown_autoclear;
-            BigEndian::write_u64(&mut page[88..], left);
         }
         Ok(Self {
             version,
@@ -205,8 +220,8 @@ impl Header {
                 None => None,
             },
             snapshots: Self::snapshot_table(bytes, geometry, file_len)?,
-            page,
-            rewrite,
+            page: bytes[..geometry.page_size().min(bytes.len())].to_vec(),
+            rewrite: false,
         })
     }
 
@@ -232,8 +247,8 @@ impl Header {
         if entries == 0 {
             return Ok(None);
         }
-        if entries > 0xffff {
-            return Err(bounds("nb_snapshots", entries, "at most 65535"));
+        if entries > MAX_SNAPSHOTS {
+            return Err(bounds("nb_snapshots", entries, "at most 65536"));
         }
         let field = "header field snapshots_offset";
         table("snapshot table", field, offset, u64::from(entries) * 40, geometry, file_len)?;

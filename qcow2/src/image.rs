@@ -178,11 +178,12 @@ mod tests {
     use byteorder::{BigEndian, ByteOrder};
 
     use super::*;
+    use crate::{Engine, Options};
 
-    #[test]
-    fn what_is_protected_twice_or_lies_on_a_table_is_reported() {
-        // The refcount table in cluster 1, the L1 table in cluster 3, of a file of 16.
-        const LEN: u64 = 16 << 16;
+    const LEN: u64 = 16 << 16;
+
+    /// The refcount table in cluster 1, the L1 table in cluster 3, of a file of 16.
+    fn header() -> Header {
         let mut bytes = vec![0; 1 << 16];
         bytes[..4].copy_from_slice(b"QFI\xfb");
         for (at, value) in [(4, 3), (20, 16), (36, 1), (56, 1), (96, 4), (100, 104)] {
@@ -191,8 +192,27 @@ mod tests {
         for (at, value) in [(24, 1 << 20), (40, 3 << 16), (48, 1 << 16)] {
             BigEndian::write_u64(&mut bytes[at..], value);
         }
-        let header = Header::parse(&bytes, LEN, false).unwrap();
-        let mut image = Image::new(header, &[0; 8], &[0; 1 << 16], LEN).unwrap();
+        Header::parse(&bytes, LEN, false).unwrap()
+    }
+
+    fn image() -> Image {
+        Image::new(header(), &[0; 8], &[0; 1 << 16], LEN).unwrap()
+    }
+
+    #[test]
+    fn the_l1_tables_of_layers_count_as_memory() {
+        let layer = || Layer::qcow2(&header(), &[0; 8], LEN, None).unwrap();
+        let memory = |layers| {
+            let image = image().with_layers(layers).unwrap();
+            Engine::new(image, &Options::default()).unwrap().memory().tables
+        };
+        let alone = memory(vec![Layer::raw(1 << 20)]);
+        assert_eq!(memory(vec![layer(), layer(), Layer::raw(1 << 20)]), alone + 16);
+    }
+
+    #[test]
+    fn what_is_protected_twice_or_lies_on_a_table_is_reported() {
+        let mut image = image();
         let extent = |cluster: u64, len| Extent { offset: cluster << 16, len };
         assert!(image.protect(extent(5, 1)) && image.protect(extent(7, 2 << 16)));
         for (cluster, len) in [(5, 1), (4, 2 << 16), (8, 1), (3, 1), (1, 1), (0, 1)] {

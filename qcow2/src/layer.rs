@@ -84,6 +84,14 @@ impl Layer {
         }
     }
 
+    /// Entries of its L1 table, which is kept in memory.
+    pub(crate) fn l1_entries(&self) -> u64 {
+        match &self.0 {
+            Kind::Raw { .. } => 0,
+            Kind::Qcow2(image) => image.l1.len(),
+        }
+    }
+
     /// Must another layer follow it?
     #[must_use]
     pub fn has_backing(&self) -> bool {

@@ -42,7 +42,8 @@ pub struct Stats {
 pub struct Memory {
     /// Budget of the L2 and refcount caches; committed by use.
     pub caches: u64,
-    /// L1 table, refcount table and the set of metadata clusters; grows with the image.
+    /// L1 table, refcount table and the set of metadata clusters, and the L1 tables of the layers
+    /// beneath; grows with the image.
     pub tables: u64,
 }
 

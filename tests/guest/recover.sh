@@ -41,7 +41,7 @@ replace() {
     out=$(within 60 ublk-qcow2 recover -n "$number" ${RECOVER_OPTIONS:-}) ||
         fail "recover -n $number failed"
     [[ $out == /dev/ublkb$number ]] || fail "recover printed '$out'"
-    [[ $(ublk-qcow2 list --json -n "$number" | jq -r '.[0].target.health') == good ]] ||
+    [[ $(ublk-qcow2 list --json -n "$number" | jq -r '.[0].health') == good ]] ||
         fail "not well after recover: $(ublk-qcow2 list -n "$number")"
 }
 

@@ -64,6 +64,19 @@ impl Head {
         offset & (self.cluster_size() - 1)
     }
 
+    /// log2 of the clusters that one refcount block covers.
+    pub(super) fn block_bits(&self) -> u32 {
+        self.cluster_bits + 3 - self.refcount_order
+    }
+
+    /// The largest refcount that the width of the image can hold, or 2^32-1.
+    pub(super) fn largest_refcount(&self) -> u32 {
+        match self.refcount_order {
+            order @ 0..=4 => (1 << (1 << order)) - 1,
+            _ => u32::MAX,
+        }
+    }
+
     pub(super) fn parse<R: ReadAt + ?Sized>(image: &R) -> Result<Self, CheckError> {
         let head = Self::for_repair(image)?;
         bound(!head.no_refcount_table, "refcount_table_offset or refcount_table_clusters")?;

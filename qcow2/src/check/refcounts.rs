@@ -5,7 +5,7 @@ use byteorder::{BigEndian, ByteOrder};
 use super::{CheckError, FindingKind, Kind, ReadAt, Walk, index, pieces, read};
 
 /// Bits 9 to 63 of a refcount table entry: where the block lies.
-const OFFSET: u64 = !0x1ff;
+pub(super) const OFFSET: u64 = !0x1ff;
 
 /// The refcounts in `bytes`, cut off at 2^32-1, which no number of references reaches.
 fn each_count(bytes: &[u8], order: u32, mut put: impl FnMut(u32)) {
@@ -29,24 +29,11 @@ fn each_count(bytes: &[u8], order: u32, mut put: impl FnMut(u32)) {
 }
 
 impl<R: ReadAt + ?Sized> Walk<'_, R> {
-    /// log2 of the clusters that one refcount block covers.
-    fn block_bits(&self) -> u32 {
-        self.head.cluster_bits + 3 - self.head.refcount_order
-    }
-
-    /// The largest refcount that the width of the image can hold, or 2^32-1.
-    pub(super) fn largest_refcount(&self) -> u32 {
-        match self.head.refcount_order {
-            order @ 0..=4 => (1 << (1 << order)) - 1,
-            _ => u32::MAX,
-        }
-    }
-
     /// Reads the refcounts of all clusters of the file into the slots.
     pub(super) fn load_refcounts(&mut self) -> Result<(), CheckError> {
         let image = self.image;
         let table = self.head.refcount_table;
-        let blocks = (self.state.slots.len() as u64).div_ceil(1 << self.block_bits());
+        let blocks = (self.state.slots.len() as u64).div_ceil(1 << self.head.block_bits());
         let end = table.start.saturating_add(table.len.min(blocks.saturating_mul(8)));
         pieces(image, table.start, end, |at, bytes| {
             for (nth, word) in bytes.chunks_exact(8).enumerate() {
@@ -55,7 +42,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
                     continue;
                 }
                 let entry = (at - table.start) / 8 + nth as u64;
-                self.load_block(block, entry << self.block_bits())?;
+                self.load_block(block, entry << self.head.block_bits())?;
             }
             Ok(())
         })
@@ -84,7 +71,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
             return Ok(slot.count.into());
         }
         let table = self.head.refcount_table;
-        let at = (cluster >> self.block_bits()) * 8;
+        let at = (cluster >> self.head.block_bits()) * 8;
         if at >= table.len {
             return Ok(0);
         }
@@ -94,7 +81,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         if block == 0 {
             return Ok(0);
         }
-        let nth = cluster & ((1 << self.block_bits()) - 1);
+        let nth = cluster & ((1 << self.head.block_bits()) - 1);
         let first_bit = nth << self.head.refcount_order;
         // The eight bytes around it, from a multiple of its width on.
         let around = first_bit / 64 * 8;
@@ -146,7 +133,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
         self.mark(offset, self.head.cluster_size(), Kind::REFCOUNT_BLOCK, 1, at)?;
         let refs = self.state.slots[index(cluster)].refs;
         self.state.bad_blocks |= refs != 1;
-        let refs = refs.min(self.largest_refcount());
+        let refs = refs.min(self.head.largest_refcount());
         if refs != 1 {
             self.note(FindingKind::SharedRefcountBlock, at, refs.into(), 1, 1);
         }

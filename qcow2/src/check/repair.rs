@@ -33,7 +33,8 @@
 //!    more, dirty as soon as the refcounts hold.
 //!
 //! New refcounts lie behind the end of the file, unless an entry leads there that must not come
-//! true; then in clusters of the file that have neither a reference nor a refcount.
+//! true, or the file cannot grow; then in clusters of the file that have neither a reference nor a
+//! refcount.
 //!
 //! # What is refused
 //!
@@ -41,11 +42,10 @@
 //! incompatible features. Where a table of snapshots or bitmaps could not be followed to its end,
 //! references are missing: nothing is lowered, no flag set and nothing rebuilt ([`Left`]).
 
-use core::cell::Cell;
 use core::{error, fmt};
 
 use super::header::Head;
-use super::{CheckError, Checker, Kind, ReadAt, ReadError, Report, State, index};
+use super::{CheckError, Checker, Kind, Limits, ReadAt, Report, State, index};
 
 mod counts;
 mod edit;
@@ -252,32 +252,28 @@ pub fn rebuild_if_dirty<F: RepairIo + ?Sized>(
 pub enum Reclaim {
     /// So many clusters had leaked, and are free (or count right) now.
     Reclaimed(u64),
-    /// Not tried: there is more metadata to read than the limit allows.
+    /// Not tried: finding them takes more than the limits allow.
     TooMuch,
     /// Not tried: something else is wrong, or not known.
     Unsound(Report),
 }
 
-/// Frees leaked clusters, if no more than `limit` bytes of metadata have to be read to find them,
-/// and if nothing else is wrong with the image. An image marked dirty is for [`rebuild_if_dirty`].
+/// Frees leaked clusters, if finding them takes no more than the limits, and if nothing else is
+/// wrong with the image. An image marked dirty is for [`rebuild_if_dirty`].
 ///
 /// # Errors
 /// See [`RepairError`].
 pub fn reclaim_leaks<F: RepairIo + ?Sized>(
     file: &mut F,
-    limit: u64,
+    limits: Limits,
     progress: &mut Progress<'_>,
 ) -> Result<Reclaim, RepairError> {
     let head = may_write(Head::parse(file)?)?;
     let mut checker = Checker::new();
-    let metered = Metered { file: &*file, left: Cell::new(limit) };
-    let walked = checker.walk(&metered, head, &mut |done, total| {
-        progress(Stage::Checking, done, total);
-    });
-    if metered.left.get() == 0 {
+    let mut checking = |done, total| progress(Stage::Checking, done, total);
+    if !checker.walk_within(&*file, head, limits, &mut checking)? {
         return Ok(Reclaim::TooMuch);
     }
-    walked?;
     let state = &checker.state;
     if state.corruptions != 0 || state.incomplete || state.dirty || state.corrupt {
         return Ok(Reclaim::Unsound(state.report()));
@@ -291,23 +287,6 @@ pub fn reclaim_leaks<F: RepairIo + ?Sized>(
         work.flags()?;
     }
     Ok(Reclaim::Reclaimed(leaks))
-}
-
-/// A file of which no more than so many bytes can be read.
-struct Metered<'a, F: ReadAt + ?Sized> {
-    file: &'a F,
-    left: Cell<u64>,
-}
-
-impl<F: ReadAt + ?Sized> ReadAt for Metered<'_, F> {
-    fn len(&self) -> u64 {
-        self.file.len()
-    }
-
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
-        self.left.set(self.left.get().saturating_sub(buf.len() as u64));
-        if self.left.get() == 0 { Err(ReadError) } else { self.file.read_at(offset, buf) }
-    }
 }
 
 fn may_write(head: Head) -> Result<Head, RepairError> {

@@ -104,6 +104,33 @@ impl FindingKind {
         )
     }
 
+    /// Whether the image must not be written to as it is: an allocation, or a write in place, could
+    /// land on something else that is in use. What only makes a read fail is none of these, nor is
+    /// a leak.
+    #[must_use]
+    pub fn forbids_writing(self) -> bool {
+        match self {
+            Self::RefcountTooLow
+            | Self::RefcountOverflow
+            | Self::Overlap
+            | Self::SharedRefcountBlock
+            | Self::Copied
+            | Self::CopiedWithoutOffset
+            | Self::CopiedCompressed => true,
+            // No refcount protects a cluster behind the end, until the file grows and it is free.
+            Self::BeyondEnd | Self::BeginsBeyondEnd => true,
+            Self::Leak
+            | Self::ZeroFlag
+            | Self::ReservedBits
+            | Self::Unaligned
+            | Self::SubclusterBitmap
+            | Self::CompressedInDataFile
+            | Self::SnapshotInDataFile
+            | Self::SnapshotTable
+            | Self::BitmapDirectory => false,
+        }
+    }
+
     /// What it is, in words.
     #[must_use]
     pub fn words(self) -> &'static str {
@@ -164,6 +191,9 @@ pub struct Report {
     pub leaks: u64,
     /// The first 64 things found.
     pub findings: Vec<Finding>,
+    /// The first of all that were found for which the image must not be written to
+    /// ([`FindingKind::forbids_writing`]).
+    pub forbids_writing: Option<Finding>,
     /// Guest clusters of the active tables that have a place in the file.
     pub allocated: u64,
     /// How many of these do not follow the one before them, or are compressed.

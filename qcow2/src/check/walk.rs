@@ -4,14 +4,15 @@ use byteorder::{BigEndian, ByteOrder};
 
 use super::{CheckError, FindingKind, Kind, ReadAt, Walk, index, pieces};
 
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(super) const COPIED: u64 = 1 << 63;
+pub(super) const COMPRESSED: u64 = 1 << 62;
+pub(super) const ZERO: u64 = 1;
+/// Bits 9 to 55: where a cluster lies.
+pub(super) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// What is reserved in an L1 entry: bits 0 to 8 and 56 to 62.
-const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+pub(super) const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 /// What is reserved in a standard cluster descriptor: bits 1 to 8 and 56 to 61.
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+pub(super) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// The allocation half of a subcluster bitmap.
 const SUBCLUSTERS: u64 = 0xffff_ffff;
 

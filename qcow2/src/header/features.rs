@@ -10,6 +10,8 @@ use crate::op::Compression;
 /// What the feature bits say, of an image that may be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Features {
+    /// The field incompatible_features.
+    incompatible: u64,
     pub(super) dirty: bool,
     pub(super) corrupt: bool,
     pub(super) data_file: bool,
@@ -39,7 +41,6 @@ impl Features {
         bytes: &[u8],
         version: u32,
         names: &FeatureNames,
-        read_only: bool,
     ) -> Result<Self, OpenError> {
         let refuse = |name, field, value: u64, next| {
             Err(OpenErrorInner::Feature { name, field, value, next }.into())
@@ -61,16 +62,6 @@ impl Features {
             let name = names.find(0, bit);
             return Err(OpenErrorInner::UnknownFeature { field, bit, name }.into());
         }
-        let field = "incompatible_features";
-        if incompatible & CORRUPT != 0 && !read_only {
-            let next = "look at it with 'ublk-qcow2 check', repair or restore it, or serve it with \
-                        --read-only";
-            return refuse("writing to an image marked corrupt", field, incompatible, next);
-        }
-        if incompatible & DIRTY != 0 && !read_only {
-            let next = "rebuild its refcounts with 'ublk-qcow2 check --repair all' first";
-            return refuse("writing to an image marked dirty", field, incompatible, next);
-        }
         let order = BigEndian::read_u32(&bytes[96..]);
         if order > 6 {
             return Err(bounds("refcount_order", order, "at most 6"));
@@ -80,8 +71,27 @@ impl Features {
         Ok(Self::of_bits(incompatible, autoclear, compression, order))
     }
 
+    /// Refuses what somebody has marked as not fit to be written to.
+    pub(super) fn may_write(&self) -> Result<(), OpenError> {
+        let (name, next) = match (self.corrupt, self.dirty) {
+            (false, false) => return Ok(()),
+            (true, _) => (
+                "writing to an image marked corrupt",
+                "look at it with 'ublk-qcow2 check', repair or restore it, or serve it with \
+                 --read-only",
+            ),
+            (false, true) => (
+                "writing to an image marked dirty",
+                "rebuild its refcounts with 'ublk-qcow2 check --repair all' first",
+            ),
+        };
+        let (field, value) = ("incompatible_features", self.incompatible);
+        Err(OpenErrorInner::Feature { name, field, value, next }.into())
+    }
+
     fn of_bits(incompatible: u64, autoclear: u64, compression: Compression, order: u32) -> Self {
         Self {
+            incompatible,
             dirty: incompatible & DIRTY != 0,
             corrupt: incompatible & CORRUPT != 0,
             data_file: incompatible & DATA_FILE != 0,

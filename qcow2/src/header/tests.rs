@@ -80,6 +80,18 @@ fn features_that_are_served_are_understood() {
 }
 
 #[test]
+fn there_are_as_many_snapshots_as_qemu_makes() {
+    let parse = |entries| {
+        let mut bytes = plain();
+        BigEndian::write_u32(&mut bytes[60..], entries);
+        BigEndian::write_u64(&mut bytes[64..], 4 << 16);
+        Header::parse(&bytes, 64 << 16, false)
+    };
+    assert_eq!(parse(65536).unwrap().snapshots().unwrap().entries, 65536);
+    assert!(parse(65537).unwrap_err().to_string().contains("at most 65536"));
+}
+
+#[test]
 fn images_for_reading_only_may_be_dirty_or_corrupt() {
     let mut bytes = plain();
     bytes[79] = 3;

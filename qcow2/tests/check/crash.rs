@@ -24,11 +24,13 @@ pub(crate) struct Disk {
     pub(crate) events: Vec<Event>,
     /// So many events succeed; then all fail.
     pub(crate) good: usize,
+    /// It cannot grow, as a block device.
+    pub(crate) fixed: bool,
 }
 
 impl Disk {
     pub(crate) fn new(image: &[u8]) -> Self {
-        Self { now: image.to_vec(), events: Vec::new(), good: usize::MAX }
+        Self { now: image.to_vec(), events: Vec::new(), good: usize::MAX, fixed: false }
     }
 }
 
@@ -78,6 +80,9 @@ impl RepairIo for Disk {
 
     fn set_len(&mut self, len: u64) -> Result<(), WriteError> {
         assert!(len >= self.len(), "a repair never cuts anything off");
+        if self.fixed && len > self.len() {
+            return Err(WriteError);
+        }
         self.take(Event::Len(len))
     }
 }

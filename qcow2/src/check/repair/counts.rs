@@ -5,10 +5,8 @@ use core::ops::Range;
 use byteorder::{BigEndian, ByteOrder};
 
 use super::{Repair, RepairError, RepairIo, Stage, Work, edit};
+use crate::check::refcounts::OFFSET;
 use crate::check::{Kind, Slot, index, read};
-
-/// Bits 9 to 63 of a refcount table entry: where the block lies.
-const OFFSET: u64 = !0x1ff;
 
 /// What decides about a refcount.
 #[derive(Clone, Copy)]
@@ -51,27 +49,15 @@ pub(super) fn put(bytes: &mut [u8], order: u32, nth: usize, count: u32) {
 }
 
 impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
-    /// log2 of the clusters that one refcount block covers.
-    pub(super) fn block_bits(&self) -> u32 {
-        self.head.cluster_bits + 3 - self.head.refcount_order
-    }
-
-    pub(super) fn largest(&self) -> u32 {
-        match self.head.refcount_order {
-            order @ 0..=4 => (1 << (1 << order)) - 1,
-            _ => u32::MAX,
-        }
-    }
-
     /// The blocks that it takes to cover the clusters of the file.
     fn blocks(&self) -> u64 {
-        (self.state().used_slots as u64).div_ceil(1 << self.block_bits())
+        (self.state().used_slots as u64).div_ceil(1 << self.head.block_bits())
     }
 
     /// The clusters of the file that the block number `nth` covers.
     fn covered(&self, nth: u64) -> Range<usize> {
         let used = self.state().used_slots;
-        let (start, end) = (nth << self.block_bits(), (nth + 1) << self.block_bits());
+        let (start, end) = (nth << self.head.block_bits(), (nth + 1) << self.head.block_bits());
         index(start).min(used)..index(end).min(used)
     }
 
@@ -121,7 +107,11 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
 
     /// What decides about a refcount.
     fn rule(&self) -> Rule {
-        Rule { what: self.what, incomplete: self.state().incomplete, largest: self.largest() }
+        Rule {
+            what: self.what,
+            incomplete: self.state().incomplete,
+            largest: self.head.largest_refcount(),
+        }
     }
 
     /// Writes the refcounts that are wrong, and makes them durable.

@@ -3,14 +3,8 @@
 use byteorder::{BigEndian, ByteOrder};
 
 use super::{Repair, RepairError, RepairIo, Stage, Work, edit};
+use crate::check::walk::{COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, OFFSET, ZERO};
 use crate::check::{Kind, Slot, index};
-
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
 /// What decides about a flag.
 #[derive(Clone, Copy)]

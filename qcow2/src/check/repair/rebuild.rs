@@ -42,8 +42,16 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
         self.head = head;
         walked?;
         let plan = match self.at_the_end() {
+            Ok(plan) => match self.grow(&plan) {
+                Ok(()) => Ok(plan),
+                // A block device, say.
+                Err(full) => match self.inside(&taken) {
+                    Err(Left::NoRoom) => return Err(full),
+                    plan => plan,
+                },
+            },
             Err(Left::NoRoom) => self.inside(&taken),
-            plan => plan,
+            left => left,
         };
         match plan {
             Ok(plan) => self.carry_out(&plan).map(|()| None),
@@ -56,7 +64,7 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
 
     /// Everything behind the end of the file, with blocks only where something is counted.
     fn at_the_end(&self) -> Result<Plan, Left> {
-        let (bits, state) = (self.block_bits(), self.state());
+        let (bits, state) = (self.head.block_bits(), self.state());
         let used = state.used_slots as u64;
         let per_block = index(1 << bits);
         let counted = state.slots[..state.used_slots].chunks(per_block);
@@ -89,7 +97,7 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
         // Not the last one, which may be cut short.
         let clusters = self.state().host_clusters;
         let whole = self.file.len() >> self.head.cluster_bits;
-        let numbers = 0..(self.state().used_slots as u64).div_ceil(1 << self.block_bits());
+        let numbers = 0..(self.state().used_slots as u64).div_ceil(1 << self.head.block_bits());
         let table_clusters = self.table_clusters(numbers.end)?;
         let free = |cluster: &u64| !taken[index(*cluster)];
         let mut table = None;
@@ -124,12 +132,14 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
         Ok(bytes >> self.head.cluster_bits)
     }
 
+    /// Makes the file as long as a plan for its end wants it.
+    fn grow(&mut self, plan: &Plan) -> Result<(), RepairError> {
+        let len = plan.clusters << self.head.cluster_bits;
+        self.file.set_len(len).map_err(|_| RepairError::Grow(len))
+    }
+
     fn carry_out(&mut self, plan: &Plan) -> Result<(), RepairError> {
         let bits = self.head.cluster_bits;
-        let len = plan.clusters << bits;
-        if len > self.file.len() && plan.clusters > self.state().host_clusters {
-            self.file.set_len(len).map_err(|_| RepairError::Grow(len))?;
-        }
         let total = plan.blocks.len() as u64;
         for (nth, &(number, place)) in (0..).zip(&plan.blocks) {
             self.write_block(plan, number, place << bits)?;
@@ -141,7 +151,7 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
         let table = plan.table << bits;
         edit::header(self.file, |sector| edit::set_refcount_table(sector, table, clusters))?;
         self.sync()?;
-        let largest = self.largest();
+        let largest = self.head.largest_refcount();
         for slot in &mut self.checker.state.slots {
             slot.count = slot.refs.min(largest);
             slot.kinds &= !Kind::LOWERED;
@@ -152,8 +162,8 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
 
     fn write_block(&mut self, plan: &Plan, number: u64, place: u64) -> Result<(), RepairError> {
         let order = self.head.refcount_order;
-        let largest = self.largest();
-        let mut cluster = number << self.block_bits();
+        let largest = self.head.largest_refcount();
+        let mut cluster = number << self.head.block_bits();
         let state = &self.checker.state;
         let used = state.used_slots as u64;
         fill(self.file, place, self.head.cluster_size(), |bytes| {

@@ -1,0 +1,72 @@
+//! What keeps the server from waiting for itself, and others from waiting for it.
+//!
+//! - **Memory.** All of it is locked as it is touched, and the out-of-memory killer looks elsewhere:
+//!   a server that has to be swapped in from its own device would wait for ever.
+//! - **Mounts.** The server's own mount namespace has nothing but an empty root with the folder of
+//!   states and `/dev`. With the host's mounts in it, a file system on our own device would stay in
+//!   use by us until we end, and others of the host would be pinned. (A private copy keeps what was
+//!   mounted at its making, a slave one receives the mount of our own device; so none is kept.)
+//!
+//! The image and all that belongs to it are held by descriptors that were opened before.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::mman::{MlockAllFlags, mlockall};
+use nix::unistd::{chdir, fchdir, pivot_root};
+
+use crate::state;
+
+/// Locks all memory, that which is there and that which will be, as it is touched.
+pub fn lock_memory() -> Result<()> {
+    // As long as nothing is touched nothing is taken: buffers are for the worst case.
+    let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault)
+        .context("locking the server's memory (mlockall; CAP_IPC_LOCK is needed)")
+}
+
+/// Asks the out-of-memory killer to spare this process: with it goes a disk.
+pub fn avoid_oom_killer() -> Result<()> {
+    fs::write("/proc/self/oom_score_adj", "-1000").context("writing /proc/self/oom_score_adj")
+}
+
+/// Leaves the host's mounts. To be called while there is one thread, with all files open.
+pub fn leave_mounts() -> Result<()> {
+    state::make_folder()?;
+    let keep = [folder(state::FOLDER)?, folder("/dev")?];
+    unshare(CloneFlags::CLONE_NEWNS).context("unshare")?;
+    let none: Option<&str> = None;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(none, "/", none, private, none).context("making the mounts private")?;
+
+    // The new root covers the folder of states, which any machine has that we run on.
+    let root = state::FOLDER;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    mount(Some("ublk-qcow2"), root, Some("tmpfs"), flags, Some("size=64k,mode=755"))
+        .context("mounting an empty root")?;
+    for (from, place) in keep.iter().zip([state::FOLDER, "/dev"]) {
+        let to = format!("{root}{place}");
+        fs::create_dir_all(&to).with_context(|| format!("making {to}"))?;
+        let from = format!("/proc/self/fd/{}", from.as_raw_fd());
+        mount(Some(from.as_str()), to.as_str(), none, MsFlags::MS_BIND, none)
+            .with_context(|| format!("mounting {place}"))?;
+    }
+    let new = folder(root)?;
+    fchdir(new.as_fd()).context("fchdir")?;
+    // Both at the same place: the old root is on top of the new one then, and is taken off.
+    pivot_root(".", ".").context("pivot_root")?;
+    umount2(".", MntFlags::MNT_DETACH).context("leaving the old root")?;
+    chdir("/").context("chdir")?;
+    let read_only = flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(none, "/", none, read_only, none).context("making the root read-only")
+}
+
+fn folder(path: &str) -> Result<File> {
+    let mut options = OpenOptions::new();
+    let options = options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY);
+    options.open(path).with_context(|| format!("opening {path}"))
+}
