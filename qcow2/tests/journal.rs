@@ -101,7 +101,7 @@ fn records_that_the_image_cannot_have_are_refused() {
     refused(&[record(1, 1 << 62 | 5 << 12)], "compressed");
     // Clusters 1 and 2 are the refcount table and the L1 table.
     refused(&[record(1, COPIED | CLUSTER)], "metadata");
-    refused(&[record(1, COPIED | 2 * CLUSTER)], "metadata");
+    refused(&[record(1, COPIED | (2 * CLUSTER))], "metadata");
     refused(&[Record { bitmap: 1, ..record(1, 0) }], "no subclusters");
     let place = COPIED | place_of(disk.clone(), 0);
     refused(&[record(1, place), record(3, place)], "the same place");
