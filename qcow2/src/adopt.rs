@@ -129,11 +129,11 @@ fn pointer_of(image: &Image, record: Record) -> Result<Option<Pointer>, &'static
 }
 
 impl Engine {
-    /// As [`new`](Engine::new), the successor of a process that was killed while the device lived on: `records`
-    /// is what [`Log::open`](crate::Log::open) has found in its journal, which is not to be touched
-    /// before [`next_record`](Engine::next_record) says `Clear`. The image is ready when all that
-    /// the predecessor acknowledged is durable. Pump until it is, or [`health`](Engine::health) has
-    /// failed: then the journal has to be kept.
+    /// As [`new`](Engine::new), for the successor of a process that was killed while the device
+    /// lived on: `records` is what [`Log::open`](crate::Log::open) has found in its journal, which
+    /// is not to be touched before [`next_record`](Engine::next_record) says `Clear`. The image is
+    /// ready when all that the predecessor acknowledged is durable. Pump until it is, or
+    /// [`health`](Engine::health) has failed: then the journal has to be kept.
     ///
     /// # Errors
     /// As with [`new`](Engine::new); records that the image cannot have. (That their clusters are
