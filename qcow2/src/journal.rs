@@ -42,8 +42,8 @@
 //!   …      records of segment 1
 //! ```
 //!
-//! All numbers are big-endian. What is read here may hold anything; it is checked once more,
-//! against the image, when it is adopted ([`adopt`](crate::adopt)).
+//! All numbers are big-endian. What is read may hold anything; it is checked once more, against
+//! the image, when it is adopted ([`adopt`](crate::adopt)).
 
 use alloc::vec::Vec;
 use core::fmt;
