@@ -55,7 +55,7 @@ fn after_any_fault_the_answers_are_honest() {
 #[test]
 fn after_any_fault_a_killed_process_is_recovered() {
     explore::announce_panics();
-    let found = faults::explore_kills(1, 10_000 / SCALE, 2);
+    let found = faults::explore_kills(1, 3_000 / SCALE, 2);
     none(found.violation.as_ref());
     println!("{} runs with a fault and kills", found.runs);
 }
@@ -136,8 +136,8 @@ fn a_kill_in_every_order_of_two_requests() {
     let plain = ImageSpec::plain(10, 4 << 10);
     let backing = 4096;
     let images = [plain, ImageSpec { every: 1, ..plain }, ImageSpec { backing, ..plain }];
-    scopes_with(2, &images, 2, most(400));
-    scopes_with(2, &others(), 2, most(200));
+    scopes_with(2, &images, 2, most(150));
+    scopes_with(2, &others(), 2, most(80));
 }
 
 #[test]
@@ -159,8 +159,9 @@ fn every_mark_is_hit() {
     explore::announce_panics();
     // Some lines only one workload comes by, so each has its turn.
     for workload in workload::all().into_iter().chain(workload::recovering()) {
+        let states = if workload.options.journal == 0 { 40_000 } else { 10_000 } / SCALE;
         let workload = Some(workload.label());
-        let config = Config { seed: 7, states: 40_000 / SCALE, workload, ..Config::default() };
+        let config = Config { seed: 7, states, workload, ..Config::default() };
         none(explore::explore(&config).violation.as_ref());
     }
     none(faults::explore(7, 5_000 / SCALE, 2).violation.as_ref());
