@@ -39,6 +39,8 @@ pub fn avoid_oom_killer() -> Result<()> {
 /// Leaves the host's mounts. To be called while there is one thread, with all files open.
 pub fn leave_mounts() -> Result<()> {
     state::make_folder()?;
+    unshare(CloneFlags::CLONE_NEWNS).context("unshare")?;
+    // In the new namespace: a mount of the old one cannot be bound here.
     let mut keep = vec![(folder(state::FOLDER)?, PathBuf::from(state::FOLDER))];
     keep.push((folder("/dev")?, "/dev".into()));
     // The service manager waits to hear from us; an abstract socket needs no path.
@@ -47,7 +49,6 @@ pub fn leave_mounts() -> Result<()> {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path);
         keep.push((file.with_context(|| format!("opening {}", path.display()))?, path));
     }
-    unshare(CloneFlags::CLONE_NEWNS).context("unshare")?;
     let none: Option<&str> = None;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(none, "/", none, private, none).context("making the mounts private")?;

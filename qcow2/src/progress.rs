@@ -48,8 +48,12 @@ impl Engine {
     pub(crate) fn begin_open(&mut self) {
         if planted::is(Bug::OpenWithoutSync) {
             (self.life, self.epochs) = (Life::Serving, Epochs::new(false));
-        } else if self.options.read_only {
-        } else if self.header.rewrite {
+            return;
+        }
+        if self.options.read_only {
+            return;
+        }
+        if self.header.rewrite {
             let len = self.options.alignment as usize;
             let id = self.emit_meta_write(Owner::FirstHeader, 0, len);
             let bytes = self.header.first_bytes(len);
@@ -158,7 +162,7 @@ impl Engine {
             }
             _ => return Some(Outcome::Error(IoErrorKind::Io)),
         }
-        if failed && !matches!(state.kind, OpKind::Read { .. } | OpKind::Fill { .. }) {
+        if failed && !state.kind.only_reads() && state.owner != Owner::Mark {
             // Fail-stop: no more writes, not even the rest of one.
             return Some(Outcome::Error(IoErrorKind::Io));
         }
@@ -207,6 +211,7 @@ impl Engine {
                     self.round_synced();
                 }
             }
+            Owner::Mark | Owner::MarkSync => self.finish_mark(owner, result),
             Owner::Truncate => {}
             Owner::Page(..) | Owner::Top | Owner::Grown | Owner::Header | Owner::ExtendGrown => {
                 self.finish_round_op(&state, result)
