@@ -324,8 +324,16 @@ impl Daemon {
     fn activity(&self) -> (String, String) {
         let read = |path: String| fs::read_to_string(path).unwrap_or_default();
         let (id, pid) = (self.id, self.pid);
-        (read(format!("/proc/{pid}/io")), read(format!("/sys/block/ublkb{id}/stat")))
+        (read(format!("/proc/{pid}/io")), completed(&read(format!("/sys/block/ublkb{id}/stat"))))
     }
+}
+
+/// What of a block device's `stat` counts requests that have ended. The others (requests under way
+/// and two times) go on where nothing moves.
+fn completed(stat: &str) -> String {
+    let fields = stat.split_whitespace().enumerate();
+    let ended = fields.filter(|(index, _)| !(8..11).contains(index)).map(|(_, field)| field);
+    ended.collect::<Vec<_>>().join(" ")
 }
 
 fn is_gone(error: &std::io::Error) -> bool {
@@ -346,4 +354,24 @@ fn is_stopped(pid: i32) -> bool {
 /// The name that the kernel shows for this program: a renamed copy serves and deletes its own.
 fn own_name() -> String {
     i32::try_from(std::process::id()).ok().and_then(process_name).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_that_passes_is_no_progress() {
+        let before = "1 0 8 3 5 0 40 9 64 100 700 2 0 16 1 4 6";
+        let waited = "1 0 8 3 5 0 40 9 64 300 900 2 0 16 1 4 6";
+        assert_eq!(completed(before), completed(waited));
+        for ended in [
+            "2 0 8 3 5 0 40 9 64 100 700 2 0 16 1 4 6",
+            "1 0 8 3 6 0 40 9 63 100 700 2 0 16 1 4 6",
+            "1 0 8 3 5 0 40 9 64 100 700 3 0 16 1 4 6",
+            "1 0 8 3 5 0 40 9 64 100 700 2 0 16 1 5 6",
+        ] {
+            assert_ne!(completed(before), completed(ended));
+        }
+    }
 }

@@ -86,9 +86,11 @@ load
 pid=$(daemon_of "$id")
 kill -STOP "$pid"
 ends 15 1 'in use' ublk-qcow2 del -n "$id"
-ends 60 1 "kill -CONT $pid" ublk-qcow2 del -n "$id" --force
+# Where nothing moves the load is no reason to wait longer.
+ends 15 1 "kill -CONT $pid" ublk-qcow2 del -n "$id" --force
 # Nobody will let it go on: then it can be killed, and the device still goes.
 kill -KILL "$pid"
+until_true 30 eval '[[ ! -e /proc/$pid ]]'
 ends 15 0 '' ublk-qcow2 del -n "$id" --force
 load_ends
 closed sound
