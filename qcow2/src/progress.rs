@@ -142,7 +142,7 @@ impl Engine {
             }
             _ => return Some(Outcome::Error(IoErrorKind::Io)),
         }
-        if failed && !matches!(state.kind, OpKind::Read { .. } | OpKind::Fill { .. }) {
+        if failed && !state.kind.only_reads() && state.owner != Owner::Mark {
             // Fail-stop: no more writes, not even the rest of one.
             return Some(Outcome::Error(IoErrorKind::Io));
         }
@@ -191,6 +191,7 @@ impl Engine {
                     self.round_synced();
                 }
             }
+            Owner::Mark | Owner::MarkSync => self.finish_mark(owner, result),
             Owner::Truncate => {}
             Owner::Page(..) | Owner::Top | Owner::Grown | Owner::Header | Owner::ExtendGrown => {
                 self.finish_round_op(&state, result)

@@ -353,7 +353,8 @@ impl Explorer<'_> {
         let summary = self.judge.judge(state, &self.demand)?;
         if self.opened.insert(mix(summary.top, cut.len)) {
             let disk = Disk::of_sectors(cut.sectors.to_vec(), cut.len, run.world.disk.pool());
-            open_image(&disk, &run.setting.files, run.world.data.as_ref().map(Disk::len), false)
+            let data = run.world.data.as_ref().map(Disk::len);
+            open_image(&disk, &run.setting.files, data, (false, None))
                 .map_err(|error| format!("the image does not open: {error}"))?;
         }
         let dice = mix(key, 0xd1ce);

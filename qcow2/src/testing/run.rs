@@ -7,7 +7,6 @@ use std::vec::Vec;
 
 use crate::error::IoErrorKind;
 use crate::op::{Op, OpId, OpKind, Request};
-use crate::report::Health;
 use crate::testing::disk::Disk;
 use crate::testing::guest::{Demand, Guest, describe};
 use crate::testing::image::Setting;
@@ -375,9 +374,6 @@ impl Run {
             (None, most) => format!("disk: {:?} is short, {most} bytes", op.kind),
         });
         self.world.end(index, error, most, Some(&self.guest));
-        if matches!(self.world.engine.health(), Health::Failed(_)) {
-            self.world.disk.latch();
-        }
     }
 
     /// With which error does this operation fail, in a workload where such things happen?
