@@ -20,6 +20,8 @@ use qcow2::{Health, Memory, Stats};
 pub enum Event {
     /// The engine is ready and the fetch commands are on their way.
     Ready,
+    /// From now on the image takes no writes, for this reason. Told once, by the first queue.
+    Failed(String),
     /// The thread has ended: the image is closed, or the reason why it is not.
     Ended(Result<(), String>),
 }

@@ -331,6 +331,11 @@ impl Queue {
         while let Some(incident) = engine.next_incident() {
             tracing::error!("{incident}");
         }
+        if self.is_first()
+            && let (Health::Good, Health::Failed(failure)) = (self.seen.health, engine.health())
+        {
+            self.link.tell(Event::Failed(failure.to_string()));
+        }
         self.seen =
             Seen { ready: engine.is_ready(), closed: engine.is_closed(), health: engine.health() };
         if self.is_first() && std::mem::take(&mut self.report) {

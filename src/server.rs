@@ -203,6 +203,7 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<State> {
         trusted: args.trust_content,
         data_path: device.path.name().to_string(),
         close_error: None,
+        failed: None,
         recipe,
         handed_over: false,
     })
@@ -313,6 +314,7 @@ impl Server {
             match main.wait_event(Duration::from_millis(100)) {
                 Some(Event::Ready) => return Ok(()),
                 Some(Event::Ended(Err(text))) => return Err(anyhow!(text)),
+                Some(Event::Failed(text)) => bail!("{text}"),
                 Some(Event::Ended(Ok(()))) => bail!("the queue ended before it began"),
                 None if Instant::now() < deadline => {}
                 None => bail!("the image's first fdatasync did not end in time"),
@@ -338,10 +340,19 @@ impl Server {
                 Err(error) => return Err(error).context("poll"),
             }
             while let Some(event) = main.event() {
-                let Event::Ended(result) = event else { continue };
-                reporter.stopping();
-                result.map_err(|text| anyhow!(text))?;
-                self.running -= 1;
+                match event {
+                    Event::Ready => {}
+                    Event::Failed(text) => {
+                        // A successor must not take what was acknowledged for being there.
+                        self.state.failed = Some(text);
+                        self.state.store()?;
+                    }
+                    Event::Ended(result) => {
+                        reporter.stopping();
+                        result.map_err(|text| anyhow!(text))?;
+                        self.running -= 1;
+                    }
+                }
             }
             if self.running == 0 {
                 return Ok(());
@@ -372,7 +383,7 @@ impl Server {
                     result.map_err(|text| anyhow!(text))?;
                     self.running -= 1;
                 }
-                Some(Event::Ready) => {}
+                Some(Event::Ready | Event::Failed(_)) => {}
                 None => bail!("the image was not closed within {} s", STOP_LIMIT.as_secs()),
             }
         }

@@ -54,6 +54,9 @@ pub struct State {
     pub data_path: String,
     /// Why closing the image failed.
     pub close_error: Option<String>,
+    /// Why the image takes no writes any more, since when its server ran.
+    #[serde(default)]
+    pub failed: Option<String>,
     /// How to serve it again, for a device that outlives its server.
     pub recipe: Option<AddArgs>,
     /// The server has closed the image and ended, and the device waits for another.
