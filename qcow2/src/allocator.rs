@@ -461,7 +461,10 @@ impl Engine {
     /// The refcount page, ready to be changed; if it is not, that is being seen to.
     pub(crate) fn refcount_page(&mut self, page: u64) -> Step<SlotId> {
         match self.refcount_cache.lookup(page) {
-            Lookup::Hit(slot) if self.refcount_cache.may_dirty(slot) => Ok(slot),
+            Lookup::Hit(slot) if self.refcount_cache.may_dirty(slot) => {
+                self.stats.refcount_hits += 1;
+                Ok(slot)
+            }
             Lookup::Hit(_) => {
                 self.round.wanted = true;
                 Err(Stop::Wait(Wait::Slot(Which::Refcounts)))
