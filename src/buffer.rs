@@ -6,7 +6,7 @@
 //! is a handful of them per device, all made at start.
 //!
 //! **Invariant:** no reference into an area is ever handed out, since the kernel writes there at
-//! any moment; bytes are copied in and out. (One of the three files with `unsafe`.)
+//! any moment; bytes are copied in and out. (One of the four files with `unsafe`.)
 
 use std::fs::File;
 use std::io;
@@ -28,9 +28,9 @@ pub struct Area {
 
 // SAFETY: the memory is never unmapped, and all access from here is by copying through raw
 // pointers; two threads that race on the same bytes would be a bug, so each area has one owner
-// (a queue thread, or the control plane). The one that queue threads share is that of the buffers of
-// copies: of each buffer one operation at a time is under way, and the lock around the engine lies
-// between one and the next.
+// (a queue thread, or the control plane). The one that queue threads share is that of the buffers
+// of copies: of each buffer one operation at a time is under way, and the lock around the engine
+// lies between one and the next.
 unsafe impl Send for Area {}
 
 /// A checked range of an [`Area`], as an operation names it.

@@ -390,6 +390,7 @@ mod tests {
                 queues: 1,
                 depth: 1,
                 path: None,
+                recovery: None,
                 memory_alignment: 1,
                 size: 1 << 30,
                 block: 512,

@@ -5,8 +5,8 @@
 //! missing. Compressed clusters are the [`pool`](crate::pool)'s, the bytes of requests the
 //! [`payload`](crate::payload)'s.
 //!
-//! Each queue has a driver of its own. Only [`Driver::stage`] and [`Driver::finish`] see the engine,
-//! and move no more than the bytes of metadata: they are what happens with the engine locked.
+//! Each queue has a driver of its own. Only [`Driver::stage`] and [`Driver::finish`] see the
+//! engine, and move no more than the bytes of metadata: they are what happens with it locked.
 //!
 //! **Invariant:** outcomes are returned, and the loop in `queue.rs` hands them on, so nothing
 //! recurses.

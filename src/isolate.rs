@@ -1,7 +1,7 @@
 //! What keeps the server from waiting for itself, and others from waiting for it.
 //!
-//! - **Memory.** All of it is locked as it is touched, and the out-of-memory killer looks elsewhere:
-//!   a server that has to be swapped in from its own device would wait for ever.
+//! - **Memory.** All of it is locked as it is touched, and the out-of-memory killer looks
+//!   elsewhere: a server that has to be swapped in from its own device would wait for ever.
 //! - **Mounts.** The server's own mount namespace has nothing but an empty root with the folder of
 //!   states and `/dev`. With the host's mounts in it, a file system on our own device would stay in
 //!   use by us until we end, and others of the host would be pinned. (A private copy keeps what was
@@ -9,9 +9,11 @@
 //!
 //! The image and all that belongs to it are held by descriptors that were opened before.
 
+use std::env;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -37,8 +39,16 @@ pub fn avoid_oom_killer() -> Result<()> {
 /// Leaves the host's mounts. To be called while there is one thread, with all files open.
 pub fn leave_mounts() -> Result<()> {
     state::make_folder()?;
-    let keep = [folder(state::FOLDER)?, folder("/dev")?];
     unshare(CloneFlags::CLONE_NEWNS).context("unshare")?;
+    // In the new namespace: a mount of the old one cannot be bound here.
+    let mut keep = vec![(folder(state::FOLDER)?, PathBuf::from(state::FOLDER))];
+    keep.push((folder("/dev")?, "/dev".into()));
+    // The service manager waits to hear from us; an abstract socket needs no path.
+    let socket = env::var_os("NOTIFY_SOCKET").map(PathBuf::from).filter(|path| path.is_absolute());
+    if let Some(path) = socket {
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path);
+        keep.push((file.with_context(|| format!("opening {}", path.display()))?, path));
+    }
     let none: Option<&str> = None;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(none, "/", none, private, none).context("making the mounts private")?;
@@ -48,12 +58,9 @@ pub fn leave_mounts() -> Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     mount(Some("ublk-qcow2"), root, Some("tmpfs"), flags, Some("size=64k,mode=755"))
         .context("mounting an empty root")?;
-    for (from, place) in keep.iter().zip([state::FOLDER, "/dev"]) {
-        let to = format!("{root}{place}");
-        fs::create_dir_all(&to).with_context(|| format!("making {to}"))?;
-        let from = format!("/proc/self/fd/{}", from.as_raw_fd());
-        mount(Some(from.as_str()), to.as_str(), none, MsFlags::MS_BIND, none)
-            .with_context(|| format!("mounting {place}"))?;
+    for (file, place) in &keep {
+        bind(file, place, Path::new(root))
+            .with_context(|| format!("mounting {}", place.display()))?;
     }
     let new = folder(root)?;
     fchdir(new.as_fd()).context("fchdir")?;
@@ -63,6 +70,20 @@ pub fn leave_mounts() -> Result<()> {
     chdir("/").context("chdir")?;
     let read_only = flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
     mount(none, "/", none, read_only, none).context("making the root read-only")
+}
+
+/// Makes an open folder or socket appear at its place below `root`.
+fn bind(file: &File, place: &Path, root: &Path) -> Result<()> {
+    let to = root.join(place.strip_prefix("/")?);
+    if file.metadata()?.is_dir() {
+        fs::create_dir_all(&to)?;
+    } else {
+        fs::create_dir_all(to.parent().context("a socket lies in a folder")?)?;
+        File::create(&to)?;
+    }
+    let from = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let none: Option<&str> = None;
+    Ok(mount(Some(from.as_str()), &to, none, MsFlags::MS_BIND, none)?)
 }
 
 fn folder(path: &str) -> Result<File> {

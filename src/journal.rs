@@ -57,7 +57,7 @@ impl Journal {
         open().with_context(|| format!("reading the journal {}", path.display()))
     }
 
-    /// Takes over what the engine has recorded. Before this, it hands out no operation and no reply.
+    /// Takes over what the engine has recorded. Before this it hands out no operation or reply.
     pub fn follow(&mut self, engine: &mut Engine) {
         while let Some(event) = engine.next_record() {
             self.log.apply(&mut self.map, event);

@@ -1,8 +1,9 @@
 //! What the main thread and the queue threads tell each other.
 //!
-//! To the first queue thread: wishes, with an eventfd that its ring reads. To the main thread: events
-//! of all of them on a channel, with an eventfd that its poll watches, and a report (counters,
-//! health) that the first renews twice a second and on demand. Nothing here is touched on the path of a guest request.
+//! To the first queue thread: wishes, with an eventfd that its ring reads. To the main thread:
+//! events of all of them on a channel, with an eventfd that its poll watches, and a report
+//! (counters, health) that the first renews twice a second and on demand. Nothing here is touched
+//! on the path of a guest request.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};

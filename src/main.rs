@@ -4,16 +4,17 @@
 //! call of the program is here.
 //!
 //! ```text
-//!   cli ── main ─┬─ daemon ── server ─┬─ open ── lock, direct    main thread: start, signals, stop
-//!                │   └─ notify        │   └─ recover, backing, snapshots, bitmaps
-//!                ├─ del, list         ├─ device ── control       ublk's control commands
-//!                └─ check, info, dist ├─ state                   what `list`, `del`, udev read
-//!                    image_file       └─ link ── queue ── driver the queue thread: all I/O
-//!                                         ring, buffer ┘ ├─ files
-//!                                                        └─ pool ── inflate  worker threads
+//!   cli ─ main ┬ daemon ─ server ┬ open ─ lock, direct         main thread: start, signals, stop
+//!              │  └ notify       │  └ recover, backing, snapshots, bitmaps
+//!              ├ resume (recover,├ device ─ control             ublk's control commands
+//!              │   quiesce)      ├ state, journal, fence        what outlives the server
+//!              ├ del, list       ├ isolate                      own mounts, locked memory
+//!              └ check, info,    └ link ─ queue ─ decode        a thread for each queue: all I/O
+//!                dist              core (the engine)├ driver ─ payload, files
+//!                                  ring, buffer     └ pool ─ inflate  worker threads
 //! ```
 //!
-//! `unsafe` code is in `ring.rs`, `buffer.rs` and `sys.rs`, and nowhere else.
+//! `unsafe` code is in `ring.rs`, `buffer.rs`, `journal.rs` and `sys.rs`, and nowhere else.
 
 mod backing;
 mod bitmaps;

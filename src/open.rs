@@ -214,6 +214,7 @@ mod tests {
             allow_backing: Vec::new(),
             snapshot: None,
             lock: lock::Policy::On,
+            resume: None,
             options: Options { read_only, ..Options::default() },
         }
     }

@@ -2,13 +2,13 @@
 //!
 //! | path | since | what happens |
 //! | --- | --- | --- |
-//! | zero copy | 6.16 | the driver registers the pages of a request as a buffer of our ring, and operations on files read and write those pages |
-//! | user copy | 6.5 | we copy with pread and pwrite on the character device, out of and into a buffer of the tag |
+//! | zero copy | 6.16 | the pages of a request become a buffer of our ring |
+//! | user copy | 6.5 | we copy them, with pread and pwrite on the character device |
 //! | copy | 6.0 | the driver copies, before it hands a write over and after a read is committed |
 //!
-//! With zero copy no byte of a request passes through our memory. Zeros come from `/dev/zero`, read
-//! into the pages by an operation like any other; what was inflated is written with user copy, which
-//! the driver permits on the same device. (Rejected for zeros: pwrite, which is a system call for
+//! With zero copy no byte of a request passes through our memory: operations read and write the
+//! files from those pages. Zeros come from `/dev/zero`, read into them by an operation like any
+//! other; what was inflated is written with user copy, which works on the same device. (Rejected for zeros: pwrite, which is a system call for
 //! each, and the ring takes them along for nothing.)
 //!
 //! The best path that the driver reports is taken. Nothing else in the server knows which it is.

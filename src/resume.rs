@@ -29,7 +29,7 @@ pub fn recover(args: &RecoverArgs) -> Result<()> {
     let info = without_server(&mut control, info, &state)?;
     drop(control);
     let image = state.image_path.clone();
-    let what = What::Old { info, state };
+    let what = What::Old { info, state: Box::new(state) };
     crate::run_server(args.foreground, |reporter| server::serve(&recipe, what, reporter))
         .with_context(|| format!("device {}, image {image}", args.number))
 }

@@ -1,4 +1,4 @@
-//! io_uring behind a typed slab: the only place that knows `user_data`. (One of the three files
+//! io_uring behind a typed slab: the only place that knows `user_data`. (One of the four files
 //! with `unsafe`.)
 //!
 //! Every operation in flight holds one slot of the slab, and a slot's number is the operation's

@@ -45,7 +45,7 @@ pub enum What {
     /// A new device.
     New,
     /// A device whose server has died, or has handed it over.
-    Old { info: DevInfo, state: State },
+    Old { info: DevInfo, state: Box<State> },
 }
 
 /// Serves an image until a signal, `del`, or a failure ends it.
@@ -83,7 +83,7 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
             reporter.stage("adding a ublk device")?;
             (Device::add(&mut control, wanted)?, None)
         }
-        What::Old { info, state } => (Device::resume(info, wanted)?, Some(state)),
+        What::Old { info, state } => (Device::resume(info, wanted)?, Some(*state)),
     };
     let mut state = describe(args, &opened, &device)?;
     if let Some(before) = &before {

@@ -1,4 +1,4 @@
-//! System calls that no crate of ours wraps safely. (One of the three files with `unsafe`.)
+//! System calls that no crate of ours wraps safely. (One of the four files with `unsafe`.)
 
 use std::fs::File;
 use std::io;

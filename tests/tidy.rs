@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The only files with unsafe code.
-const UNSAFE: [&str; 3] = ["src/buffer.rs", "src/ring.rs", "src/sys.rs"];
+const UNSAFE: [&str; 4] = ["src/buffer.rs", "src/journal.rs", "src/ring.rs", "src/sys.rs"];
 const MAX_FILE: usize = 600;
 const MAX_FUNCTION: usize = 70;
 const MAX_COLUMNS: usize = 100;

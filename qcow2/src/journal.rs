@@ -7,7 +7,7 @@
 //! ([`Options::journal`](crate::Options)) the engine says every change of a mapping before it sends
 //! off the operation or the answer that may follow from it, and the driver keeps that in a file
 //! that is mapped into memory, on tmpfs: a store there survives the process and costs no system
-//! call. The order on disk stays as it is; the journal is read only by a successor on the same boot.
+//! call. The order on disk stays as it is; only a successor on the same boot reads the journal.
 //!
 //! (Rejected: to have L2 entries and refcounts written before each answer. That is a round trip to
 //! the disk for every allocating write.)
@@ -41,7 +41,7 @@
 //!   …      records of segment 1
 //! ```
 //!
-//! All numbers are big-endian. What is read here may hold anything; it is checked once more, against
+//! All numbers are big-endian. What is read may hold anything; it is checked once more, against
 //! the image, when it is adopted ([`adopt`](crate::adopt)).
 
 use alloc::vec::Vec;

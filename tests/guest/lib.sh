@@ -100,6 +100,11 @@ kill_daemon() {
     kill "-$1" "$pid"
 }
 
+# health NUMBER: how the device is, as list has it.
+health() {
+    within 20 ublk-qcow2 list --json -n "$1" | jq -r '.[0].health'
+}
+
 # refused PHRASE… -- COMMAND…: the command fails with status 1, nothing on stdout, and one line
 # on stderr with each of the phrases in it.
 refused() {
@@ -117,6 +122,30 @@ refused() {
     for phrase in "${phrases[@]}"; do
         [[ $error == *"$phrase"* ]] || fail "'$*' should mention '$phrase': $error"
     done
+}
+
+# --- what lies beneath --------------------------------------------------------------------------
+
+dm() { within 20 dmsetup --noudevsync --noudevrules "$@"; }
+
+# dm_path NAME: the device of that name; nobody makes one below /dev/mapper here.
+dm_path() {
+    local path
+    for path in /sys/block/dm-*/dm/name; do
+        [[ $(<"$path") == "$1" ]] || continue
+        path=${path%/dm/name}
+        echo "/dev/${path##*/}"
+        return 0
+    done
+    fail "$1 is not there"
+}
+
+# dm_table NAME: its table is that on stdin from now on. What was under way ends before, and nobody
+# waits for a file system that may hang.
+dm_table() {
+    dm suspend --noflush --nolockfs "$1"
+    dm load "$1"
+    dm resume "$1"
 }
 
 # --- images -------------------------------------------------------------------------------------

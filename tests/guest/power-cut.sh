@@ -38,20 +38,13 @@ copy_log() {
     within 100 dd if="$log" of="$1" bs=1M count=$((log_sectors / 2048 + 8)) conv=sparse status=none
 }
 
-dm() { within 20 dmsetup --noudevsync --noudevrules "$@"; }
 # A RAM disk has zeros where it was discarded.
 empty() { within 60 blkdiscard -f "$1" 2>discard.err || fail "blkdiscard: $(<discard.err)"; }
 
-# create_dm NAME TABLE: leaves the device's path in mapped. Nobody makes one below /dev/mapper here.
+# create_dm NAME TABLE: leaves the device's path in mapped.
 create_dm() {
-    local path
     dm create "$1" --table "$2"
-    for path in /sys/block/dm-*/dm/name; do
-        [[ $(<"$path") == "$1" ]] || continue
-        path=${path%/dm/name} mapped=/dev/${path##*/}
-        return 0
-    done
-    fail "$1 is not there"
+    mapped=$(dm_path "$1")
 }
 mark() { dm message recorded 0 mark "$1"; }
 

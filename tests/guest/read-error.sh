@@ -11,23 +11,9 @@ MIB=400 # The least of XFS is 300.
 sectors=$((MIB * 2048))
 data=/dev/ram1
 
-dm() { within 20 dmsetup --noudevsync --noudevrules "$@"; }
-# The device of that name: nobody makes one below /dev/mapper here.
-dm_path() {
-    local path
-    for path in /sys/block/dm-*/dm/name; do
-        [[ $(<"$path") == "$1" ]] || continue
-        path=${path%/dm/name}
-        echo "/dev/${path##*/}"
-        return 0
-    done
-    fail "$1 is not there"
-}
 # The table from now on, from stdin.
 table() {
-    dm suspend beneath
-    dm load beneath
-    dm resume beneath
+    dm_table beneath
     echo 3 >/proc/sys/vm/drop_caches
 }
 

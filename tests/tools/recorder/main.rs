@@ -658,7 +658,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (file, log) = (folder.path().join("raw"), folder.path().join("log"));
         File::create(&file).unwrap().set_len(8 << 20).unwrap();
-        let limits = Limits { sync_every: 8, threads: 4, writes: 60, trim: true };
+        let limits =
+            Limits { sync_every: 8, threads: 4, writes: 60, trim: true, acknowledged: false };
         // In memory O_DIRECT may be refused; then there is nothing to test here.
         let refused = |error: &anyhow::Error| {
             let error = error.downcast_ref::<io::Error>();
