@@ -210,6 +210,14 @@ impl Cache {
         self.slots[id.at()].state = State::Free;
     }
 
+    /// The page in slot `id`, which is clean, is not what the file holds there any more.
+    pub(crate) fn forget(&mut self, id: SlotId) {
+        let slot = self.slots[id.at()];
+        debug_assert!(slot.state == State::Resident && !slot.dirty && !slot.writing);
+        self.remove_from_index(id);
+        self.slots[id.at()].state = State::Free;
+    }
+
     /// The number of the page in slot `id`.
     pub(crate) fn page_of(&self, id: SlotId) -> u64 {
         self.slots[id.at()].page
@@ -232,18 +240,15 @@ impl Cache {
 
     /// Entry `index` of a page of L2 entries of the image that the cache is made for.
     pub(crate) fn entry(&self, id: SlotId, index: usize) -> L2Entry {
-        match self.entry_bits {
+        self.entry_as(id, index, self.entry_bits)
+    }
+
+    /// The same of an image with entries of so many bytes, as log2.
+    pub(crate) fn entry_as(&self, id: SlotId, index: usize, entry_bits: u32) -> L2Entry {
+        match entry_bits {
             3 => L2Entry { word: self.word(id, index), bitmap: 0 },
             _ => L2Entry { word: self.word(id, index * 2), bitmap: self.word(id, index * 2 + 1) },
         }
-    }
-
-    /// The same for an image with another geometry.
-    pub(crate) fn entry_as(&self, id: SlotId, index: usize, geometry: Geometry) -> L2Entry {
-        if geometry.entry_bits() == 3 {
-            return L2Entry { word: self.word(id, index), bitmap: 0 };
-        }
-        L2Entry { word: self.word(id, index * 2), bitmap: self.word(id, index * 2 + 1) }
     }
 
     /// Entry `index` of a page of refcounts (specification: "Refcounts"): from 8 bits on they are
@@ -440,6 +445,18 @@ mod tests {
         set_refcount_in(&mut bytes, 0, 1, 1);
         set_refcount_in(&mut bytes, 2, 2, 5);
         assert_eq!(bytes, [0b10, 5]);
+    }
+
+    #[test]
+    fn a_forgotten_page_is_read_again_and_the_others_stay() {
+        let mut cache = cache(8);
+        let ids: Vec<_> = (0..8).map(|page| load(&mut cache, page * 16)).collect();
+        cache.forget(ids[3]);
+        assert_eq!(cache.lookup(3 * 16), Lookup::Absent);
+        for page in (0..8).filter(|&page| page != 3) {
+            assert!(matches!(cache.lookup(page * 16), Lookup::Hit(_)), "{page}");
+        }
+        assert_eq!(load(&mut cache, 1000), ids[3]);
     }
 
     #[test]

@@ -26,9 +26,8 @@ use crate::flush::Round;
 use crate::geometry::Geometry;
 use crate::header::Header;
 use crate::image::Image;
-use crate::journal::Record;
 use crate::layer::Layer;
-use crate::life::{Life, MAX_INCIDENTS};
+use crate::life::{Life, MAX_INCIDENTS, Mark};
 use crate::mark;
 use crate::metaset::MetaSet;
 use crate::op::{FileId, Op, OpId, OpKind, Outcome, Reply, Request};
@@ -38,7 +37,7 @@ use crate::overlay::Overlay;
 use crate::planted::{self, Bug};
 use crate::quarantine::Quarantine;
 use crate::record::Records;
-use crate::report::{Health, Memory, Stats};
+use crate::report::{Memory, Stats};
 use crate::request::{RequestId, RequestState, Step, Stop, Wait};
 use crate::table::Table;
 use crate::write::NewTable;
@@ -54,6 +53,7 @@ pub struct Engine {
     pub(crate) file_len: u64,
     pub(crate) life: Life,
     pub(crate) failed: Option<Failure>,
+    pub(crate) corrupt_mark: Mark,
     pub(crate) incidents: VecDeque<Failure>,
 
     pub(crate) requests: Vec<RequestState>,
@@ -111,24 +111,8 @@ impl Engine {
         Ok(engine)
     }
 
-    /// The same as the successor of a process that was killed while the device lived on: `records`
-    /// is what [`Log::open`](crate::Log::open) has found in its journal, which is not to be touched
-    /// before [`next_record`](Engine::next_record) says `Clear`. The image is ready when all that
-    /// the predecessor acknowledged is durable. Pump until it is, or [`health`](Engine::health) has
-    /// failed: then the journal has to be kept.
-    ///
-    /// # Errors
-    /// As with [`new`](Engine::new); records that the image cannot have. (That their clusters are
-    /// counted is looked up while opening, before anything is written, and ends in `Failed`.)
-    pub fn recover(image: Image, options: &Options, records: &[Record]) -> Result<Self, OpenError> {
-        let adoption = Adoption::new(&image, options, records)?;
-        let mut engine = Self::build(image, options)?;
-        engine.adoption = Some(adoption);
-        engine.advance_adoption();
-        Ok(engine)
-    }
-
-    fn build(image: Image, options: &Options) -> Result<Self, OpenError> {
+    /// An engine for which nothing was sent off yet.
+    pub(crate) fn build(image: Image, options: &Options) -> Result<Self, OpenError> {
         let geometry = image.decoder.geometry;
         options.validate(geometry.cluster_size())?;
         image.check_files()?;
@@ -151,6 +135,7 @@ impl Engine {
             file_len: image.file_len,
             life: if options.read_only { Life::Serving } else { Life::Opening },
             failed: None,
+            corrupt_mark: Mark::No,
             incidents: VecDeque::with_capacity(MAX_INCIDENTS),
             requests: vec![RequestState::IDLE; count],
             active: 0,
@@ -186,21 +171,6 @@ impl Engine {
         };
         engine.round.reserve(overlay);
         Ok(engine)
-    }
-
-    /// A writable image begins with its first bytes, if they change, and an fdatasync.
-    pub(crate) fn begin_open(&mut self) {
-        if planted::is(Bug::OpenWithoutSync) {
-            (self.life, self.epochs) = (Life::Serving, Epochs::new(false));
-        } else if self.options.read_only {
-        } else if self.header.rewrite {
-            let len = self.options.alignment as usize;
-            let id = self.emit_meta_write(Owner::FirstHeader, 0, len);
-            let bytes = self.header.first_bytes(len);
-            self.ops.staging_mut(id)[..len].copy_from_slice(bytes);
-        } else {
-            self.emit_sync(Owner::FirstSync);
-        }
     }
 
     // ---- events ----
@@ -244,21 +214,17 @@ impl Engine {
     pub fn complete(&mut self, id: OpId, outcome: Outcome) {
         let state = *self.ops.get(id);
         self.current_queue = state.queue;
-        let writes = matches!(
-            state.kind,
-            OpKind::Write { .. }
-                | OpKind::WriteZeros { .. }
-                | OpKind::MetaWrite { .. }
-                | OpKind::CopyWrite { .. }
-                | OpKind::ZeroRange { .. }
-                | OpKind::Extend { .. }
-                | OpKind::Truncate { .. }
-        );
+        let writes = match state.kind {
+            // That of a discard is seen by the guest. Of a cluster that nobody has any more it
+            // need not become durable: whoever takes that next zeroes it.
+            OpKind::Punch { .. } => matches!(state.owner, Owner::Request(_)),
+            OpKind::Sync => false,
+            kind => !kind.only_reads(),
+        };
         if state.file == FileId::Data {
             self.note_data_len(state.kind, outcome);
         }
-        // Also when it failed: some of it may have got there. (A punch need not become durable:
-        // whoever takes the cluster next zeroes it.)
+        // Also when it failed: some of it may have got there.
         if writes {
             self.epochs.note_write();
         }
@@ -287,17 +253,6 @@ impl Engine {
         let old = |since: u64| now_ms.saturating_sub(since) >= self.options.max_dirty_ms;
         if self.dirty_since_ms.is_some_and(old) {
             self.round.wanted = true;
-        }
-        self.run();
-    }
-
-    // ---- commands ----
-
-    /// No requests will follow: what is under way ends, everything becomes durable, the unused end
-    /// of the file is given back. Pump until [`is_closed`](Engine::is_closed).
-    pub fn close(&mut self) {
-        if matches!(self.life, Life::Opening | Life::Adopting | Life::Serving) {
-            self.life = Life::Closing { truncated: false };
         }
         self.run();
     }
@@ -356,18 +311,6 @@ impl Engine {
     #[must_use]
     pub fn is_ready(&self) -> bool {
         matches!(self.life, Life::Serving)
-    }
-
-    /// Has [`close`](Engine::close) come to its end? If it ended in failure, `health` says so.
-    #[must_use]
-    pub fn is_closed(&self) -> bool {
-        matches!(self.life, Life::Closed)
-    }
-
-    /// Whether the image still takes writes.
-    #[must_use]
-    pub fn health(&self) -> Health {
-        self.failed.map_or(Health::Good, Health::Failed)
     }
 
     /// Counters.
@@ -447,8 +390,10 @@ impl Engine {
     // ---- the loop ----
 
     /// Works off what can go on.
-    fn run(&mut self) {
+    pub(crate) fn run(&mut self) {
         loop {
+            // First, so that readers don't take the staging that it needs again and again.
+            self.end_writing();
             while let Some(id) = self.ready.pop_front() {
                 self.step(id);
             }
@@ -458,6 +403,7 @@ impl Engine {
             self.refill();
             self.check_starved();
             let ended = self.advance_round();
+            self.end_writing();
             if self.ready.is_empty() && !ended {
                 break;
             }

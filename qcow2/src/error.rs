@@ -171,6 +171,10 @@ pub enum FailureKind {
     Sync,
     /// A write would have hit metadata: the image contradicts itself. Final.
     Overlap,
+    /// Something that was in use is not counted: the image contradicts itself. Final.
+    NotCounted,
+    /// The image contradicts itself, and that could not be written into its header.
+    NotMarked,
     /// A page of a table could not be read.
     MetadataRead,
     /// The same in the file so many steps beneath the image's own backing file.
@@ -191,14 +195,20 @@ impl Failure {
     /// Does it end writing to the image for good?
     #[must_use]
     pub fn is_final(self) -> bool {
-        matches!(
+        let other = matches!(
             self.kind,
             FailureKind::MetadataWrite
                 | FailureKind::Sync
-                | FailureKind::Overlap
                 | FailureKind::Journal
                 | FailureKind::Adoption(_)
-        )
+        );
+        other || self.is_corruption()
+    }
+
+    /// Does the image contradict itself, so that its header is to say so?
+    #[must_use]
+    pub fn is_corruption(self) -> bool {
+        matches!(self.kind, FailureKind::Overlap | FailureKind::NotCounted)
     }
 }
 
@@ -210,6 +220,15 @@ impl fmt::Display for Failure {
             FailureKind::Sync => write!(f, "an fdatasync of the image failed")?,
             FailureKind::Overlap => {
                 write!(f, "a write to byte {offset} would have hit metadata (image corrupt)")?;
+            }
+            FailureKind::NotCounted => {
+                write!(
+                    f,
+                    "the cluster at byte {offset} was in use with refcount 0 (image corrupt)"
+                )?;
+            }
+            FailureKind::NotMarked => {
+                write!(f, "the image is corrupt, but its header could not be marked so")?;
             }
             FailureKind::MetadataRead => write!(f, "a table at byte {offset} cannot be read")?,
             FailureKind::Journal => write!(
@@ -243,6 +262,9 @@ impl fmt::Display for Failure {
         }
         if self.is_final() {
             write!(f, "; writes have stopped, reads go on")?;
+        }
+        if self.is_corruption() || self.kind == FailureKind::NotMarked {
+            write!(f, "; look at it with 'ublk-qcow2 check'")?;
         }
         Ok(())
     }

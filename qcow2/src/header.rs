@@ -15,7 +15,7 @@ use crate::geometry::Geometry;
 use crate::op::Compression;
 
 use extensions::{BackingName, extensions};
-use features::Features;
+use features::{CORRUPT, Features};
 
 /// "QFI\xfb".
 const MAGIC: u32 = 0x5146_49fb;
@@ -25,6 +25,8 @@ const V2_LENGTH: usize = 72;
 const V3_LENGTH: usize = 104;
 /// Byte offset of refcount_table_offset; refcount_table_clusters follows it.
 pub(crate) const REFCOUNT_TABLE_FIELD: usize = 48;
+/// Byte offset of incompatible_features, of version 3.
+const INCOMPATIBLE_FIELD: usize = 72;
 /// The L1 table is at most so long (as in QEMU), in bytes.
 const MAX_L1_BYTES: u64 = 32 << 20;
 /// The refcount table is at most so long (as in QEMU), in bytes.
@@ -373,6 +375,16 @@ impl Header {
 
     /// The first `len` bytes of the file, with unknown autoclear bits cleared.
     pub(crate) fn first_bytes(&self, len: usize) -> &[u8] {
+        &self.page[..len]
+    }
+
+    /// The first `len` bytes of the file with the mark of an image that contradicts itself, for
+    /// which only version 3 has a place.
+    pub(crate) fn marked_corrupt(&mut self, len: usize) -> &[u8] {
+        debug_assert!(self.version >= 3);
+        let field = &mut self.page[INCOMPATIBLE_FIELD..INCOMPATIBLE_FIELD + 8];
+        let bits = BigEndian::read_u64(field) | CORRUPT;
+        BigEndian::write_u64(field, bits);
         &self.page[..len]
     }
 

@@ -1,10 +1,11 @@
 //! How an image stops: by failure, for writes and for good; and by being closed.
 
 use crate::engine::Engine;
-use crate::error::{Failure, FailureKind};
+use crate::error::{Failure, FailureKind, IoErrorKind};
 use crate::op::OpKind;
 use crate::optable::Owner;
 use crate::planted::{self, Bug};
+use crate::report::Health;
 
 /// Incidents that are kept for the server's log; more are counted only.
 pub(crate) const MAX_INCIDENTS: usize = 16;
@@ -22,7 +23,39 @@ pub(crate) enum Life {
     Closed,
 }
 
+/// Whether the header is to say that the image contradicts itself (incompatible feature "corrupt",
+/// of version 3): then nobody writes to it again before it was looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mark {
+    No,
+    /// As soon as there is staging for it, and no other write of the header is under way.
+    Wanted,
+    /// Its write or fdatasync is under way, or has ended: it is not tried again.
+    Begun,
+}
+
 impl Engine {
+    /// No requests will follow: what is under way ends, everything becomes durable, the unused end
+    /// of the file is given back. Pump until [`is_closed`](Engine::is_closed).
+    pub fn close(&mut self) {
+        if matches!(self.life, Life::Opening | Life::Adopting | Life::Serving) {
+            self.life = Life::Closing { truncated: false };
+        }
+        self.run();
+    }
+
+    /// Has [`close`](Engine::close) come to its end? If it ended in failure, `health` says so.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        matches!(self.life, Life::Closed)
+    }
+
+    /// Whether the image still takes writes.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.failed.map_or(Health::Good, Health::Failed)
+    }
+
     /// Tells the operator.
     pub(crate) fn incident(&mut self, kind: FailureKind, offset: u64) {
         if self.incidents.len() < MAX_INCIDENTS {
@@ -35,9 +68,13 @@ impl Engine {
         if self.failed.is_some() {
             return;
         }
-        self.failed = Some(Failure { kind, offset });
+        let failure = Failure { kind, offset };
+        self.failed = Some(failure);
         self.incident(kind, offset);
         self.round.stop();
+        if failure.is_corruption() {
+            self.corrupt_mark = Mark::Wanted;
+        }
         for id in 0..self.requests.len() {
             let state = &self.requests[id];
             if state.request.is_some() && !state.is_read() {
@@ -47,8 +84,58 @@ impl Engine {
         self.wake(|_| true);
     }
 
+    /// After a failure: what was not handed out yet and would change a file comes to nothing. The
+    /// one write that follows is that of the header, where the failure is the image's own.
+    pub(crate) fn end_writing(&mut self) {
+        if self.failed.is_none() {
+            return;
+        }
+        for queue in 0..self.out.len() {
+            let mut number = 0;
+            while let Some(&id) = self.out[queue].get(number) {
+                let state = self.ops.get(id);
+                if state.kind.only_reads() || matches!(state.owner, Owner::Mark | Owner::MarkSync) {
+                    number += 1;
+                } else {
+                    self.out[queue].remove(number);
+                    self.finish_op(id, Err(IoErrorKind::Io));
+                }
+            }
+        }
+        let may = self.ops.has_staging() && !self.ops.writes_header();
+        if self.corrupt_mark == Mark::Wanted && may {
+            self.corrupt_mark = Mark::Begun;
+            self.write_mark();
+        }
+    }
+
+    fn write_mark(&mut self) {
+        if self.header.version() < 3 {
+            // It has no place for the mark.
+            return;
+        }
+        let len = self.options.alignment as usize;
+        let id = self.emit_meta_write(Owner::Mark, 0, len);
+        let bytes = self.header.marked_corrupt(len);
+        self.ops.staging_mut(id)[..len].copy_from_slice(bytes);
+    }
+
+    /// The header with the mark was written, or could not be: writing has ended either way.
+    pub(crate) fn finish_mark(&mut self, owner: Owner, result: Result<(), IoErrorKind>) {
+        match (owner, result) {
+            (Owner::Mark, Ok(())) => {
+                // No epoch is cut: nothing else is said to be durable ever again.
+                self.stats.syncs += 1;
+                self.emit(Owner::MarkSync, OpKind::Sync);
+            }
+            (_, Ok(())) => {}
+            (_, Err(_)) => self.incident(FailureKind::NotMarked, 0),
+        }
+    }
+
     pub(crate) fn advance_close(&mut self) {
         let Life::Closing { truncated } = self.life else { return };
+        self.end_writing();
         if self.active != 0 || self.ops.in_flight() != 0 {
             return;
         }
@@ -62,6 +149,9 @@ impl Engine {
         self.drop_new_tables();
         self.return_reserve();
         self.advance_quarantine();
+        if self.failed.is_some() {
+            return self.advance_close();
+        }
         let busy = self.ops.in_flight() != 0;
         if !busy && (self.epochs.is_volatile() || self.is_dirty() || !self.quarantine.is_empty()) {
             self.round.wanted = true;

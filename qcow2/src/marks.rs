@@ -45,6 +45,7 @@ pub const MARKS: &[&str] = &[
     "write.to_overlay",
     "write.unordered",
     "write.waits_for_cluster",
+    "zero.filled_data_file",
     "zero.punched_data_file",
     "zero.released",
     "zero.released_pending",

@@ -252,6 +252,22 @@ pub enum OpKind {
     },
 }
 
+impl OpKind {
+    /// Does it leave every file as it is? (An fdatasync does, but makes durable what it holds.)
+    pub(crate) fn only_reads(self) -> bool {
+        matches!(
+            self,
+            Self::Read { .. }
+                | Self::CopyRead { .. }
+                | Self::Inflate { .. }
+                | Self::CopyInflate { .. }
+                | Self::Fill { .. }
+                | Self::CopyFill { .. }
+                | Self::MetaRead { .. }
+        )
+    }
+}
+
 /// How an operation ended. Retrying EINTR and EAGAIN is the driver's; everything else comes here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {

@@ -32,6 +32,9 @@ pub(crate) enum Owner {
     Grown,
     /// The header.
     Header,
+    /// The header of an image that contradicts itself, and the fdatasync after it.
+    Mark,
+    MarkSync,
     /// An fdatasync of a round.
     Sync,
     /// The fdatasync that a writable open begins with; and the header, if that has to be written
@@ -163,6 +166,12 @@ impl OpTable {
         self.payload_left += usize::from(matches!(state.owner, Owner::Request(_)));
         self.staging_free.extend(state.staging);
         state
+    }
+
+    /// Is a write of the header under way?
+    pub(crate) fn writes_header(&self) -> bool {
+        let header = |op: &OpState| matches!(op.kind, OpKind::MetaWrite { offset: 0, .. });
+        self.states.iter().flatten().any(header)
     }
 
     /// The number that the next operation will have.

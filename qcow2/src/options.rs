@@ -42,7 +42,8 @@ pub struct Options {
 pub enum Discards {
     /// Give the host space back.
     Unmap,
-    /// Keep it, as a zero cluster: writes to it need no new space.
+    /// Keep it, as a zero cluster (in a raw data file, filled with zeros): writes to it need no new
+    /// space.
     Keep,
     /// Nothing.
     Ignore,

@@ -1,12 +1,13 @@
-//! Pages of tables: reading them into the caches, and whether they are dirty.
+//! Pages of tables: reading them into the caches, giving them up, and whether they are dirty.
 
-use crate::cache::{Cache, SlotId};
+use crate::cache::{Cache, Lookup, SlotId};
 use crate::engine::Engine;
 use crate::error::{FailureKind, IoErrorKind};
 use crate::op::{FileId, OpId, OpKind};
 use crate::optable::Owner;
 use crate::read::file_of_page;
-use crate::request::{Stop, Wait, Which};
+use crate::request::{Step, Stop, Wait, Which};
+use crate::units::HostCluster;
 
 impl Engine {
     pub(crate) fn cache(&mut self, which: Which) -> &mut Cache {
@@ -89,6 +90,22 @@ impl Engine {
             }
         }
         self.wake(|wait| wait == Wait::Slot(which));
+    }
+
+    /// A cluster becomes an L2 table. Where the refcounts were wrong it may have been one before,
+    /// and its pages of then are cached, or on their way. (None of them is dirty: a table is only
+    /// ever given up to those who share it, and so was not ours to change.)
+    pub(crate) fn forget_pages(&mut self, table: HostCluster) -> Step<()> {
+        let geometry = self.geometry();
+        let first = geometry.host_start(table).0 >> geometry.page_bits();
+        for page in first..first + (1 << (geometry.cluster_bits() - geometry.page_bits())) {
+            match self.l2_cache.lookup(page) {
+                Lookup::Absent => {}
+                Lookup::Loading => return Err(Stop::Wait(Wait::Page(Which::L2, page))),
+                Lookup::Hit(slot) => self.l2_cache.forget(slot),
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn is_dirty(&self) -> bool {

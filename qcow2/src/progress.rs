@@ -1,6 +1,7 @@
 //! Operations on their way: handing them out, short transfers, and what a completion means.
 
 use crate::engine::Engine;
+use crate::epoch::Epochs;
 use crate::error::{FailureKind, IoErrorKind};
 use crate::life::Life;
 use crate::mark;
@@ -40,6 +41,25 @@ impl Engine {
                 self.stats.syncs += 1;
                 self.emit_to(owner, file, OpKind::Sync);
             }
+        }
+    }
+
+    /// A writable image begins with its first bytes, if they change, and an fdatasync.
+    pub(crate) fn begin_open(&mut self) {
+        if planted::is(Bug::OpenWithoutSync) {
+            (self.life, self.epochs) = (Life::Serving, Epochs::new(false));
+            return;
+        }
+        if self.options.read_only {
+            return;
+        }
+        if self.header.rewrite {
+            let len = self.options.alignment as usize;
+            let id = self.emit_meta_write(Owner::FirstHeader, 0, len);
+            let bytes = self.header.first_bytes(len);
+            self.ops.staging_mut(id)[..len].copy_from_slice(bytes);
+        } else {
+            self.emit_sync(Owner::FirstSync);
         }
     }
 
@@ -142,7 +162,7 @@ impl Engine {
             }
             _ => return Some(Outcome::Error(IoErrorKind::Io)),
         }
-        if failed && !matches!(state.kind, OpKind::Read { .. } | OpKind::Fill { .. }) {
+        if failed && !state.kind.only_reads() && state.owner != Owner::Mark {
             // Fail-stop: no more writes, not even the rest of one.
             return Some(Outcome::Error(IoErrorKind::Io));
         }
@@ -191,6 +211,7 @@ impl Engine {
                     self.round_synced();
                 }
             }
+            Owner::Mark | Owner::MarkSync => self.finish_mark(owner, result),
             Owner::Truncate => {}
             Owner::Page(..) | Owner::Top | Owner::Grown | Owner::Header | Owner::ExtendGrown => {
                 self.finish_round_op(&state, result)

@@ -13,6 +13,10 @@
 //! 4. **Punched.** The hole is complete before the cluster is free, so that it can't swallow what
 //!    the next owner writes.
 //!
+//! That a run was one entry's alone (COPIED) is what the image says; what counts is the refcount.
+//! A cluster that is still counted is left alone, and one that was not counted at all before ends
+//! writing: the image contradicts itself.
+//!
 //! A cluster that several refer to (snapshots, compressed clusters that share it) passes the first
 //! two gates once for each reference; only the last goes on to the others.
 
@@ -21,7 +25,7 @@ use alloc::vec::Vec;
 use crate::allocator::RefcountPlace;
 use crate::engine::Engine;
 use crate::entry::Reference;
-use crate::error::IoErrorKind;
+use crate::error::{FailureKind, IoErrorKind};
 use crate::mark;
 use crate::op::OpKind;
 use crate::optable::Owner;
@@ -184,11 +188,17 @@ impl Engine {
         let oldest = self.ops.oldest_payload();
         let mut number = 0;
         while let Some(&item) = self.quarantine.items.get(number) {
+            if self.failed.is_some() {
+                return;
+            }
             let mut gone = false;
             match item.stage {
                 Stage::Unlinked(round)
                     if round <= self.round.synced || planted::is(Bug::DecrementBeforeUnlink) =>
                 {
+                    if self.is_table(item) {
+                        return;
+                    }
                     mark!("quarantine.unlinked_durably");
                     self.quarantine.items[number].stage = Stage::Lowering(0);
                     gone = self.lower(number);
@@ -203,6 +213,9 @@ impl Engine {
                         && (item.before <= oldest || planted::is(Bug::PinIgnored))
                         && self.ops.has_room() =>
                 {
+                    if self.is_table(item) {
+                        return;
+                    }
                     mark!("quarantine.lowered_durably");
                     self.quarantine.items[number].stage = Stage::Punching;
                     let bits = self.geometry().cluster_bits();
@@ -222,32 +235,39 @@ impl Engine {
         }
     }
 
+    /// Does metadata lie there, or has come to lie there? Then the entry that is gone contradicted
+    /// the rest of the image, and the table is not to be counted down and punched: writing ends.
+    fn is_table(&mut self, item: Item) -> bool {
+        let is_table = self.metadata.overlaps(item.start, item.count);
+        if is_table {
+            self.fail(FailureKind::Overlap, item.start << self.geometry().cluster_bits());
+        }
+        is_table
+    }
+
     /// Counts down as far as the refcount pages are there. True if the item is gone.
     fn lower(&mut self, number: usize) -> bool {
-        let item = self.quarantine.items[number];
-        let Stage::Lowering(mut done) = item.stage else { unreachable!("called for that stage") };
-        while done < item.count {
-            let RefcountPlace::Page(page, index) = self.refcount_place(item.start + done) else {
-                // It was counted, so there is a count.
-                debug_assert!(false, "cluster {} has no refcount", item.start + done);
-                done += 1;
-                continue;
-            };
+        loop {
+            let item = self.quarantine.items[number];
+            let Stage::Lowering(done) = item.stage else { unreachable!("called for that stage") };
+            if done == item.count {
+                break;
+            }
             // When the page is not there, the event that brings it comes by here again.
-            let Ok(slot) = self.refcount_page(page) else { break };
-            let refcount = self.refcount_cache.refcount(slot, index).saturating_sub(1);
-            self.refcount_cache.set_refcount(slot, index, refcount);
-            self.note_dirty();
-            done += 1;
-            if refcount != 0 && item.shared && !planted::is(Bug::SharedClusterPunched) {
-                self.still_counted(number);
+            let Some(left) = self.lower_one(item.start + done) else { return false };
+            if left == 0 || planted::is(Bug::SharedClusterPunched) {
+                self.quarantine.items[number].stage = Stage::Lowering(done + 1);
+            } else if item.count == 1 {
+                self.still_counted(item.start, item.before);
+                self.quarantine.items.remove(number);
                 return true;
+            } else {
+                // COPIED said that nobody else has it. The refcount is what counts.
+                self.still_counted(item.start + done, item.before);
+                self.leave_out(number, done);
             }
         }
-        self.quarantine.items[number].stage = Stage::Lowering(done);
-        if done < item.count {
-            return false;
-        }
+        let item = self.quarantine.items[number];
         if item.unused {
             self.quarantine.settling[1] += item.count;
             self.release(number);
@@ -257,18 +277,50 @@ impl Engine {
         false
     }
 
-    /// Others still refer to the cluster. Whoever frees it waits for our readers, too.
-    fn still_counted(&mut self, number: usize) {
+    /// Counts one cluster down, and returns what is left. `None`: not now, or never again, as there
+    /// is nothing to count down.
+    fn lower_one(&mut self, cluster: u64) -> Option<u64> {
+        let slot = match self.refcount_place(cluster) {
+            RefcountPlace::Page(page, index) => Some((self.refcount_page(page).ok()?, index)),
+            RefcountPlace::NoBlock | RefcountPlace::NoTable => None,
+        };
+        let count = slot.map_or(0, |(slot, index)| self.refcount_cache.refcount(slot, index));
+        let (Some((slot, index)), Some(left)) = (slot, count.checked_sub(1)) else {
+            // Two have referred to it, and one was counted: whose bytes are there, nobody knows.
+            self.fail(FailureKind::NotCounted, cluster << self.geometry().cluster_bits());
+            return None;
+        };
+        self.refcount_cache.set_refcount(slot, index, left);
+        self.note_dirty();
+        Some(left)
+    }
+
+    /// Others still refer to a cluster. Whoever frees it waits for our readers, too.
+    fn still_counted(&mut self, cluster: u64, before: u64) {
         mark!("quarantine.still_counted");
-        let item = self.quarantine.items.remove(number);
-        self.quarantine.clusters -= item.count;
-        self.quarantine.settling[1] += item.count;
+        self.quarantine.clusters -= 1;
+        self.quarantine.settling[1] += 1;
         for other in &mut self.quarantine.items {
-            if other.shared && other.start == item.start {
-                other.before = other.before.max(item.before);
+            if other.start <= cluster && cluster < other.start + other.count {
+                other.before = other.before.max(before);
             }
         }
         self.wake(|wait| wait == Wait::Quarantine);
+    }
+
+    /// Takes the cluster behind the first `done` out of a run of several. What comes before and
+    /// what comes behind it go on by themselves. (That there is one more of them now, and perhaps
+    /// more than there is room set aside for, happens only where an image contradicts itself.)
+    fn leave_out(&mut self, number: usize, done: u64) {
+        let item = self.quarantine.items[number];
+        let head = Item { count: done, stage: Stage::Lowering(done), ..item };
+        let (start, count) = (item.start + done + 1, item.count - done - 1);
+        let rest = Item { start, count, stage: Stage::Lowering(0), ..item };
+        let (stays, moves) = if count == 0 { (head, rest) } else { (rest, head) };
+        self.quarantine.items[number] = stays;
+        if moves.count != 0 {
+            self.quarantine.items.push(moves);
+        }
     }
 
     /// A page of refcounts cannot be read: the clusters that it counts stay counted, a leak. Those

@@ -208,7 +208,7 @@ impl Engine {
         place.page |= (u64::from(number) + 1) << LAYER_SHIFT;
         let slot = self.l2_page(place.page)?;
         let run = run_of(decoder, first, most, place, |cluster, unit, index| {
-            let entry = self.l2_cache.entry_as(slot, index, decoder.geometry);
+            let entry = self.l2_cache.entry_as(slot, index, decoder.geometry.entry_bits());
             decoder.l2(entry, cluster, unit, file_len).map_err(|_| ())
         });
         run.ok_or_else(|| {
@@ -299,7 +299,7 @@ impl Engine {
 }
 
 /// The first unit that `len` bytes from `offset` on touch, and how many they touch.
-fn units_of(decoder: Decoder, offset: u64, len: u64) -> (GuestUnit, u64) {
+pub(crate) fn units_of(decoder: Decoder, offset: u64, len: u64) -> (GuestUnit, u64) {
     let bits = decoder.geometry.unit_bits();
     let first = offset >> bits;
     (GuestUnit(first), ((offset + len - 1) >> bits) - first + 1)

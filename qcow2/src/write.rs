@@ -34,6 +34,7 @@ use crate::op::{OpKind, Request};
 use crate::optable::Owner;
 use crate::overlay::Entry;
 use crate::planted::{self, Bug};
+use crate::read::units_of;
 use crate::request::{MAX_SEGMENTS, RequestId, Segment, Step, Stop, Wait};
 use crate::units::{GuestCluster, GuestOffset, GuestUnit, HostCluster};
 
@@ -165,10 +166,16 @@ impl Engine {
 
     /// The first unit that a piece touches, and how many.
     pub(crate) fn units_of(&self, piece: Piece) -> (GuestUnit, u64) {
-        let bits = self.geometry().unit_bits();
         let start = (piece.cluster.0 << self.geometry().cluster_bits()) + piece.within;
-        let first = start >> bits;
-        (GuestUnit(first), ((start + u64::from(piece.bytes) - 1) >> bits) - first + 1)
+        units_of(self.decoder, start, piece.bytes.into())
+    }
+
+    /// How many whole clusters a piece begins with.
+    pub(crate) fn whole_clusters(&self, piece: Piece) -> u64 {
+        if piece.within != 0 {
+            return 0;
+        }
+        u64::from(piece.bytes) >> self.geometry().cluster_bits()
     }
 
     /// The first `units` units of a piece.
@@ -210,10 +217,10 @@ impl Engine {
             let target = Target { host, space, allocated: false, before };
             return self.write_new(id, target, piece);
         }
-        let whole = u64::from(piece.bytes) >> self.geometry().cluster_bits();
+        let whole = self.whole_clusters(piece);
         let piece = match self.geometry().has_extended_l2() {
             // What follows the piece in its last cluster may be mapped in another way.
-            true if piece.within == 0 && whole != 0 => self.cut(piece, whole),
+            true if whole != 0 => self.cut(piece, whole),
             true if self.fills_units(piece, before) => self.cut(piece, 1),
             _ => piece,
         };
@@ -228,9 +235,8 @@ impl Engine {
     fn fills_units(&self, piece: Piece, before: Before) -> bool {
         let geometry = self.geometry();
         let guest = piece.cluster.0 << geometry.cluster_bits();
-        let whole = piece.within == 0 && u64::from(piece.bytes) >= geometry.cluster_size();
         geometry.has_extended_l2()
-            && !whole
+            && self.whole_clusters(piece) == 0
             && before != Before::Content
             && self.beneath(guest, geometry.cluster_size()) != 0
     }
@@ -289,11 +295,8 @@ impl Engine {
     fn write_new(&mut self, id: RequestId, target: Target, piece: Piece) -> Step<()> {
         // With extended L2 entries, subclusters of one cluster or whole clusters.
         let geometry = self.geometry();
-        let partial = piece.within != 0 || u64::from(piece.bytes) < geometry.cluster_size();
-        let whole = u64::from(piece.bytes) >> geometry.cluster_bits();
         let piece = match geometry.has_extended_l2() && !target.allocated {
-            true if partial => self.cut(piece, 1),
-            true => self.cut(piece, whole),
+            true => self.cut(piece, self.whole_clusters(piece).max(1)),
             false => piece,
         };
         self.ensure_table(piece.cluster)?;
@@ -440,7 +443,7 @@ impl Engine {
         let before = self.entry_to_record(segment)?;
         let count = self.room_to_record(count)?;
         mark!("write.to_overlay");
-        let since = self.epochs.now();
+        let since = self.epochs.of_writes();
         for step in 0..count {
             let guest = GuestCluster(segment.guest.0 + step);
             let entry = Entry::new(guest, segment.host.plus(step), segment.units, since);
@@ -497,6 +500,7 @@ impl Engine {
             self.round.wanted = true;
             return Err(Stop::Wait(Wait::Quarantine));
         }
+        self.forget_pages(table.at)?;
         self.new_tables.retain(|table| !mine(table));
         self.l1.set(l1_index, copied_word(self.geometry().host_start(table.at)));
         self.metadata.insert(table.at.index());

@@ -18,13 +18,16 @@
 //! does nothing.
 //!
 //! In an external data file each guest cluster has its place for good. What is data there stays
-//! mapped: write zeroes writes zeros, and a discard punches a hole into the data file, whose order
-//! is that of any write. Only a cluster of which some subclusters show what lies beneath becomes a
-//! zero cluster when it is discarded.
+//! mapped: write zeroes writes zeros, and a discard punches a hole into the data file, or where it
+//! is to keep the space, makes it a zero cluster. A raw data file must read like the virtual disk
+//! for those who open it alone: there a discard that keeps the space writes zeros. Holes and zeros
+//! need no order with anything else, and the next FLUSH syncs them as it does any write. Only a
+//! cluster of which some subclusters show what lies beneath becomes a zero cluster wherever it is
+//! discarded.
 
 use crate::cache::SlotId;
 use crate::engine::Engine;
-use crate::entry::{L2Entry, Mapping, Pointer, Reference};
+use crate::entry::{Decoder, L2Entry, Mapping, Pointer, Reference};
 use crate::error::{FailureKind, IoErrorKind};
 use crate::mark;
 use crate::op::OpKind;
@@ -52,6 +55,8 @@ enum Change {
     Write(Mapping),
     /// Its place in the data file is punched.
     Punch,
+    /// Or filled with zeros.
+    Fill,
 }
 
 /// What is known of a whole cluster.
@@ -95,13 +100,12 @@ impl Engine {
             let piece = self.next_piece(id)?;
             let start = offset + u64::from(piece.at);
             let to_end = start + u64::from(piece.bytes) == self.virtual_size();
-            let bits = self.geometry().cluster_bits();
-            let mut whole = u64::from(piece.bytes) >> bits;
-            if piece.within == 0 && to_end {
+            let whole = match piece.within == 0 && to_end {
                 // The last cluster may reach over the end of the virtual disk.
-                whole = piece.clusters;
-            }
-            if piece.within == 0 && whole != 0 {
+                true => piece.clusters,
+                false => self.whole_clusters(piece),
+            };
+            if whole != 0 {
                 self.zero_clusters(id, self.cut(piece, whole), how)?;
             } else {
                 self.zero_part(id, self.cut(piece, 1), how)?;
@@ -233,10 +237,16 @@ impl Engine {
                     return self.zero_part(id, one, how);
                 }
                 Change::Write(mapping) => return self.write_piece(id, one, mapping),
-                Change::Punch => {
-                    mark!("zero.punched_data_file");
-                    let (offset, len) = (cluster.0 << bits, 1 << bits);
-                    let kind = OpKind::Punch { offset, len };
+                change @ (Change::Punch | Change::Fill) => {
+                    let offset = cluster.0 << bits;
+                    let kind = if matches!(change, Change::Punch) {
+                        mark!("zero.punched_data_file");
+                        OpKind::Punch { offset, len: 1 << bits }
+                    } else {
+                        mark!("zero.filled_data_file");
+                        // Not behind the end of the virtual disk: the file must not grow.
+                        OpKind::WriteZeros { offset, len: one.bytes }
+                    };
                     self.emit_to(Owner::Request(id), self.data_file(), kind);
                     self.requests[id].pos += one.bytes;
                     return Ok(());
@@ -302,8 +312,13 @@ impl Engine {
             if !how.discard {
                 return Ok(Change::Write(known.mapping));
             }
+            let raw = self.header.data_file().is_some_and(|file| file.raw);
+            if !unmap && !raw {
+                let place = self.decoder.data_word(Decoder::data_cluster(cluster));
+                return Ok(Change::Entry(self.decoder.zero_entry(place)));
+            }
             if known.all_data || !beneath {
-                return Ok(Change::Punch);
+                return Ok(if unmap { Change::Punch } else { Change::Fill });
             }
             // A hole would leave the subclusters as they are that show what lies beneath.
         }

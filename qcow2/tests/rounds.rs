@@ -6,8 +6,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use qcow2::testing::{Disk, Prng, World};
-use qcow2::{OpKind, Options, Request};
+use qcow2::testing::image::{DataFile, ImageSpec};
+use qcow2::testing::{Disk, Pool, Prng, World};
+use qcow2::{Discards, OpKind, Options, Request};
 
 const CLUSTER: u32 = 4096;
 
@@ -200,4 +201,94 @@ fn a_write_on_a_full_host_waits_for_what_was_discarded_before() {
     world.submit(1, Request::Write { offset, len: 512, fua: false }, vec![2; 512]);
     world.settle();
     assert!(take(&mut world, 1), "there is room: {}", world.engine.waits());
+}
+
+/// An image of 4 KiB clusters, all of them data in a file of its own.
+fn open_data_file(kind: DataFile, discards: Discards) -> World {
+    let (spec, pool) = (ImageSpec::plain(12, 64 << 10), Pool::shared());
+    let made = ImageSpec { every: 1, data_file: Some(kind), ..spec }.make(&mut pool.borrow_mut());
+    let mut disk = Disk::sharing(&made.bytes, &pool);
+    disk.watch();
+    let data = made.data.map(|bytes| Disk::sharing(&bytes, &pool));
+    let options = Options { discards, ..Options::default() };
+    let mut world = World::open_on(disk, Vec::new(), data, &options).unwrap();
+    world.settle();
+    world.handed = Some(Vec::new());
+    world
+}
+
+fn zeroed(world: &mut World, request: Request) -> Vec<OpKind> {
+    world.submit(0, request, Vec::new());
+    world.settle();
+    assert!(take(world, 0));
+    let (offset, len) = (8 * u64::from(CLUSTER), 2 * CLUSTER);
+    world.submit(1, Request::Read { offset, len }, vec![0xaa; len as usize]);
+    world.settle();
+    assert!(take(world, 1));
+    assert!(world.buffers[1].iter().all(|&byte| byte == 0), "{request:?}");
+    let handed = world.handed.replace(Vec::new()).unwrap();
+    let fills = |kind: &OpKind| matches!(kind, OpKind::Fill { .. } | OpKind::Read { .. });
+    handed.into_iter().filter(|kind| !fills(kind)).collect()
+}
+
+#[test]
+fn a_flush_after_a_discard_syncs_the_data_file() {
+    let (offset, len) = (8 * u64::from(CLUSTER), 2 * CLUSTER);
+    let discard = Request::Discard { offset, len };
+    let zeroes = Request::WriteZeroes { offset, len, unmap: true };
+    for kind in [DataFile::Raw, DataFile::Own(64 << 10)] {
+        for (discards, request) in [
+            (Discards::Unmap, discard),
+            (Discards::Unmap, zeroes),
+            (Discards::Keep, discard),
+            (Discards::Keep, zeroes),
+        ] {
+            let mut world = open_data_file(kind, discards);
+            let handed = zeroed(&mut world, request);
+            let what = format!("{kind:?} {discards:?} {request:?} {handed:?}");
+            let by_flag = kind != DataFile::Raw && (discards, request) == (Discards::Keep, discard);
+            let changes = |world: &World| world.data.as_ref().unwrap().changes().len();
+            assert_eq!(changes(&world) == 0, by_flag, "{what}");
+            let syncs = world.engine.stats().syncs;
+            world.submit(0, Request::Flush, Vec::new());
+            world.settle();
+            assert!(take(&mut world, 0));
+            assert!(world.engine.stats().syncs > syncs, "{what}");
+            assert_eq!(changes(&world), 0, "not all of it is durable: {what}");
+            assert_eq!(world.broken, None);
+        }
+    }
+}
+
+#[test]
+fn a_discard_that_keeps_the_space_leaves_a_data_file_allocated() {
+    let (offset, len) = (8 * u64::from(CLUSTER), 2 * CLUSTER);
+    let punches = |kind: &OpKind| matches!(kind, OpKind::Punch { .. });
+    for kind in [DataFile::Raw, DataFile::Own(64 << 10)] {
+        let mut world = open_data_file(kind, Discards::Keep);
+        let before = world.data.as_ref().unwrap().bytes();
+        let handed = zeroed(&mut world, Request::Discard { offset, len });
+        assert!(!handed.iter().any(punches), "{kind:?}: {handed:?}");
+        let after = world.data.as_ref().unwrap().bytes();
+        let range = 8 << 12..10 << 12;
+        if kind == DataFile::Raw {
+            assert!(after[range].iter().all(|&byte| byte == 0), "raw, it reads otherwise");
+        } else {
+            assert!(after == before, "a zero cluster needs no change of the data");
+            // It keeps its place, and says so in its entry.
+            let disk = world.close().0.bytes();
+            let at = |place: usize| u64::from_be_bytes(disk[place..place + 8].try_into().unwrap());
+            let place = |place: usize| usize::try_from(at(place) & !(1 << 63)).unwrap();
+            assert_eq!(at(place(place(40)) + 8 * 8), 1 << 63 | 8 << 12 | 1);
+            continue;
+        }
+        // The same goes for the guest: what is written there is found again.
+        write(&mut world, 2, 8);
+        world.settle();
+        assert!(take(&mut world, 2));
+        assert_eq!(world.data.as_ref().unwrap().bytes()[8 << 12..][512], 1);
+    }
+    let mut world = open_data_file(DataFile::Raw, Discards::Unmap);
+    let handed = zeroed(&mut world, Request::Discard { offset, len });
+    assert_eq!(handed.iter().filter(|kind| punches(kind)).count(), 2, "{handed:?}");
 }

@@ -3,7 +3,7 @@
 use byteorder::{BigEndian, ByteOrder};
 
 use super::extensions::FeatureNames;
-use super::{DECRYPT, V3_LENGTH, bounds};
+use super::{DECRYPT, INCOMPATIBLE_FIELD, V3_LENGTH, bounds};
 use crate::error::{OpenError, OpenErrorInner};
 use crate::op::Compression;
 
@@ -27,7 +27,7 @@ pub(super) struct Features {
 
 /// Incompatible features, by their bits.
 const DIRTY: u64 = 1;
-const CORRUPT: u64 = 1 << 1;
+pub(super) const CORRUPT: u64 = 1 << 1;
 const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
@@ -55,7 +55,7 @@ impl Features {
         if version < 3 {
             return Ok(Self::of_bits(0, 0, Compression::Zlib, 4));
         }
-        let incompatible = BigEndian::read_u64(&bytes[72..]);
+        let incompatible = BigEndian::read_u64(&bytes[INCOMPATIBLE_FIELD..]);
         let unknown = incompatible & !(DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2);
         if unknown != 0 {
             let (field, bit) = ("incompatible_features", unknown.trailing_zeros());

@@ -176,6 +176,21 @@ impl Disk {
         }
     }
 
+    /// Puts bytes where nothing is under way, as if written and synced by somebody else.
+    ///
+    /// # Panics
+    /// If they begin within a sector, or do not lie in the file.
+    pub(crate) fn write_durably(&mut self, offset: u64, bytes: &[u8]) {
+        assert!(offset.is_multiple_of(SECTOR as u64) && offset + bytes.len() as u64 <= self.len);
+        let mut pool = self.pool.borrow_mut();
+        for (sector, part) in (size(offset) / SECTOR..).zip(bytes.chunks(SECTOR)) {
+            let mut whole = pool.bytes(self.view[sector]);
+            whole[..part.len()].copy_from_slice(part);
+            self.view[sector] = pool.intern(&whole);
+            self.durable[sector] = self.view[sector];
+        }
+    }
+
     /// From now on operations that break a rule are refused.
     pub fn watch(&mut self) {
         self.rules = Some(Rules::of(self));
@@ -282,13 +297,16 @@ impl Disk {
         legal: &dyn Fn(u64, SectorId) -> bool,
     ) -> Result<(), Broken> {
         let verdict = match &self.rules {
-            Some(rules) => rules.check(self, submitted, legal),
+            Some(rules) => rules.check(self, op, submitted, legal),
             None => self.no_overlap(submitted),
         };
         let structure = match &self.rules {
             Some(_) => Rules::structure(self, submitted),
             None => Structure::Data,
         };
+        if let Some(rules) = &mut self.rules {
+            rules.note(op, submitted);
+        }
         let what = match submitted.kind {
             OpKind::ZeroRange { .. } if !self.can_punch => None,
             OpKind::Write { offset, .. }
@@ -390,10 +408,11 @@ impl Disk {
         self.syncs.retain(|&(id, _)| id != op);
     }
 
-    /// The engine was told that a metadata write or a sync has failed: only reads may follow.
-    pub fn latch(&mut self) {
+    /// The engine was told that a metadata write or a sync has failed: only reads may follow. Or
+    /// (`corrupt`) it says that the image contradicts itself: that is written into the header.
+    pub fn latch(&mut self, corrupt: bool) {
         if let Some(rules) = &mut self.rules {
-            rules.latched = true;
+            rules.latch(corrupt);
         }
     }
 

@@ -18,15 +18,14 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::engine::Engine;
 use crate::error::IoErrorKind;
-use crate::header::{Extent, Header};
-use crate::image::Image;
+use crate::header::Header;
 use crate::layer::Layer;
 use crate::op::{
     COPY_BUFFER, Compressed, Compression, FileId, Op, OpKind, Outcome, Reply, Request,
 };
 use crate::options::Options;
 use crate::report::Health;
-use crate::snapshot::Snapshot;
+use crate::testing::open::Source;
 use crate::testing::size;
 
 /// An image being served from real files.
@@ -89,8 +88,9 @@ fn read_part(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn read_extent(file: &File, extent: Extent) -> io::Result<Vec<u8>> {
-    read_part(file, extent.offset, size(extent.len))
+/// The same for [`open`](super::open).
+fn read_or_panic(file: &File, offset: u64, len: usize) -> Vec<u8> {
+    read_part(file, offset, len).expect("a test's own file can be read")
 }
 
 /// What a name in `image` stands for.
@@ -99,32 +99,11 @@ fn beside(image: &Path, name: &[u8]) -> PathBuf {
     image.parent().unwrap_or(Path::new("")).join(name)
 }
 
-fn read_header(file: &File, len: u64, path: &Path, read_only: bool) -> Result<Header> {
-    let first = read_part(file, 0, 512).map_err(at(path))?;
-    let needed = Header::needed(&first).map_err(at(path))?;
-    let bytes = read_part(file, 0, needed).map_err(at(path))?;
-    Header::parse(&bytes, len, read_only).map_err(at(path))
-}
-
 fn open_data(header: &Header, path: &Path, writable: bool) -> Result<(Option<File>, Option<u64>)> {
     let Some(data) = header.data_file() else { return Ok((None, None)) };
     let name = data.name.as_deref().ok_or("the data file has no name")?;
     let (file, len) = open_file(&beside(path, name), writable)?;
     Ok((Some(file), Some(len)))
-}
-
-fn read_snapshots(file: &File, header: &Header, path: &Path) -> Result<Vec<Snapshot>> {
-    let Some(directory) = header.snapshots() else { return Ok(Vec::new()) };
-    let mut len = 4096;
-    loop {
-        let bytes = read_part(file, directory.offset, len).map_err(at(path))?;
-        let found = directory.snapshots(&bytes).map_err(at(path))?;
-        match found {
-            Some(found) => return Ok(found),
-            None if bytes.len() < len => return Err("the snapshot table is cut off".to_string()),
-            None => len *= 2,
-        }
-    }
 }
 
 /// The files that lie beneath the image at `path`, from the top.
@@ -139,10 +118,11 @@ fn open_chain(header: &Header, path: &Path) -> Result<(Vec<Pair>, Vec<Layer>)> {
             files.push(Pair { file, data: None });
             break;
         }
-        let header = read_header(&file, len, &path, true)?;
-        let l1 = read_extent(&file, header.l1_extent()).map_err(at(&path))?;
+        let read = |offset, len| read_or_panic(&file, offset, len);
+        let source = Source { read: &read, len };
+        let header = source.header(true).map_err(at(&path))?;
         let (data, data_len) = open_data(&header, &path, false)?;
-        layers.push(Layer::qcow2(&header, &l1, len, data_len).map_err(at(&path))?);
+        layers.push(source.layer(&header, data_len).map_err(at(&path))?);
         files.push(Pair { file, data });
         (next, above) = (header.backing().cloned(), path);
     }
@@ -169,30 +149,24 @@ impl Files {
 
     fn open_at(path: &Path, snapshot: Option<&str>, options: &Options) -> Result<Self> {
         let (file, len) = open_file(path, !options.read_only)?;
-        let mut header = read_header(&file, len, path, options.read_only)?;
+        let read = |offset, len| read_or_panic(&file, offset, len);
+        let source = Source { read: &read, len };
+        let mut header = source.header(options.read_only).map_err(at(path))?;
         let (data, data_len) = open_data(&header, path, !options.read_only)?;
         let (beneath, layers) = open_chain(&header, path)?;
-        let snapshots = read_snapshots(&file, &header, path)?;
-        let directory = header.snapshots();
         if let Some(name) = snapshot {
-            let found = snapshots.iter().find(|it| it.name == name.as_bytes());
+            let table = header.snapshots().ok_or("it has no snapshots")?;
+            let (all, _) = source.snapshots(table).map_err(at(path))?;
+            let found = all.iter().find(|it| it.name == name.as_bytes());
             let found = found.ok_or_else(|| format!("no snapshot {name}"))?;
             header = header.for_snapshot(found, len).map_err(at(path))?;
         }
-        let l1 = read_extent(&file, header.l1_extent()).map_err(at(path))?;
-        let refcounts = read_extent(&file, header.refcount_table_extent()).map_err(at(path))?;
-        let image = Image::new(header, &l1, &refcounts, len).map_err(at(path))?;
-        let mut image = image.with_layers(layers).map_err(at(path))?;
-        if let Some(len) = data_len {
-            image = image.with_data_file(len);
+        let opened = source.image(header, layers, data_len, options.read_only);
+        let opened = opened.map_err(at(path))?;
+        let engine = Engine::new(opened.image, options).map_err(at(path))?;
+        if let Some((offset, bytes)) = opened.marks {
+            file.write_all_at(&bytes, offset).map_err(at(path))?;
         }
-        if let (Some(directory), None) = (directory, snapshot) {
-            image.protect(Extent { offset: directory.offset, len: 40 });
-            for snapshot in &snapshots {
-                image.protect(snapshot.l1);
-            }
-        }
-        let engine = Engine::new(image, options).map_err(at(path))?;
         let copies = vec![vec![0xbb; COPY_BUFFER as usize]; engine.copy_buffers()];
         let mut files = Self {
             engine,
@@ -417,15 +391,22 @@ fn inflate(file: &File, source: Compressed) -> io::Result<Vec<u8>> {
     if whole { Ok(out) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
-/// Raw deflate, with anything behind its end.
+/// Raw deflate, of which the first cluster counts.
 fn inflate_raw(bytes: &[u8], out: &mut [u8]) -> bool {
     let mut state = deflate::DecompressorOxide::new();
     let flags = deflate::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
     let (status, _, count) = deflate::decompress(&mut state, bytes, out, 0, flags);
-    status == TINFLStatus::Done && count == out.len()
+    let whole = matches!(
+        status,
+        TINFLStatus::Done
+            | TINFLStatus::HasMoreOutput
+            | TINFLStatus::FailedCannotMakeProgress
+            | TINFLStatus::NeedsMoreInput
+    );
+    whole && count == out.len()
 }
 
-/// Zstandard frames, as many as fill `out`.
+/// Zstandard frames, as many as fill `out`; the last of them has to end there.
 fn inflate_zstd(mut bytes: &[u8], out: &mut [u8]) -> bool {
     let mut filled = 0;
     while filled < out.len() {
@@ -435,6 +416,9 @@ fn inflate_zstd(mut bytes: &[u8], out: &mut [u8]) -> bool {
         let before = filled;
         loop {
             match io::Read::read(&mut decoder, &mut out[filled..]) {
+                Ok(0) if filled == out.len() => {
+                    return matches!(io::Read::read(&mut decoder, &mut [0]), Ok(0));
+                }
                 Ok(0) => break,
                 Ok(more) => filled += more,
                 Err(_) => return false,
@@ -445,4 +429,23 @@ fn inflate_zstd(mut bytes: &[u8], out: &mut [u8]) -> bool {
         }
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use miniz_oxide::deflate::compress_to_vec;
+    use ruzstd::encoding::{CompressionLevel, compress_to_vec as zstd_to_vec};
+
+    use super::*;
+
+    #[test]
+    fn a_stream_of_more_than_a_cluster_is_taken_as_qemu_takes_it() {
+        for (len, raw, zstd) in [(4095, false, false), (4096, true, true), (4097, true, false)] {
+            let (content, mut out) = (vec![7; len], vec![0; 4096]);
+            assert_eq!(inflate_raw(&compress_to_vec(&content, 6), &mut out), raw, "{len}");
+            assert!(!raw || out == vec![7; 4096]);
+            let bytes = zstd_to_vec(&content[..], CompressionLevel::Fastest);
+            assert_eq!(inflate_zstd(&bytes, &mut out), zstd, "{len}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::string::String;
 use std::vec::Vec;
 
-use crate::op::OpKind;
+use crate::op::{OpId, OpKind};
 use crate::testing::disk::{Change, Disk, Structure};
 use crate::testing::format::{COMPRESSED, COPIED, Unit};
 use crate::testing::pool::{SECTOR, SectorId, WORDS};
@@ -69,19 +69,6 @@ impl Submitted {
     pub(crate) fn is_metadata(&self) -> bool {
         matches!(self.kind, OpKind::MetaWrite { .. })
     }
-
-    fn only_reads(&self) -> bool {
-        matches!(
-            self.kind,
-            OpKind::Read { .. }
-                | OpKind::CopyRead { .. }
-                | OpKind::Inflate { .. }
-                | OpKind::CopyInflate { .. }
-                | OpKind::CopyFill { .. }
-                | OpKind::MetaRead { .. }
-                | OpKind::Fill { .. }
-        )
-    }
 }
 
 type Verdict = Result<(), Broken>;
@@ -90,11 +77,22 @@ fn refuse<T>(rule: &'static str, detail: String) -> Result<T, Broken> {
     Err(Broken { rule, detail })
 }
 
+/// Why nothing may be written any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Latch {
+    #[default]
+    Open,
+    /// A metadata write or a sync has failed.
+    Failed,
+    /// The image contradicts itself: its header is marked, by the operation that is noted here.
+    Corrupt(Option<OpId>),
+}
+
 /// What the rules remember beyond what the disk does.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
-    /// A metadata write or a sync has failed.
-    pub(crate) latched: bool,
+    /// Writing has ended.
+    latch: Latch,
     /// A sync has succeeded since the image was opened.
     pub(crate) synced: bool,
     /// What snapshots refer to.
@@ -112,7 +110,41 @@ impl Rules {
 
     /// The process has died.
     pub(crate) fn death(&mut self) {
-        (self.latched, self.synced) = (false, false);
+        (self.latch, self.synced) = (Latch::Open, false);
+    }
+
+    /// Writing has ended; `corrupt`: since the image contradicts itself. The first reason stays.
+    pub(crate) fn latch(&mut self, corrupt: bool) {
+        if self.latch == Latch::Open {
+            self.latch = if corrupt { Latch::Corrupt(None) } else { Latch::Failed };
+        }
+    }
+
+    /// This was submitted.
+    pub(crate) fn note(&mut self, op: OpId, submitted: &Submitted) {
+        if let (Latch::Corrupt(mark), true) = (&mut self.latch, submitted.is_metadata()) {
+            mark.get_or_insert(op);
+        }
+    }
+
+    /// After a failure nothing is written, but for the mark of an image that contradicts itself:
+    /// by one operation (which may be short, and go on), and synced.
+    fn check_after_latch(&self, disk: &Disk, op: OpId, submitted: &Submitted) -> Verdict {
+        let detail = std::format!("{:?}", submitted.kind);
+        let Latch::Corrupt(mark) = self.latch else {
+            return refuse("nothing but reads follows a failure of metadata or a sync", detail);
+        };
+        let may = match submitted.kind {
+            OpKind::Sync => mark.is_some(),
+            OpKind::MetaWrite { offset: 0, .. } => {
+                mark.is_none_or(|mark| mark == op) && marks_only(disk, &submitted.payload)
+            }
+            _ => false,
+        };
+        if !may {
+            return refuse("an image found corrupt is marked so, once, and left alone", detail);
+        }
+        disk.no_overlap(submitted)
     }
 
     /// What an operation is about.
@@ -125,13 +157,18 @@ impl Rules {
     }
 
     /// May this be submitted?
-    pub(crate) fn check(&self, disk: &Disk, submitted: &Submitted, legal: Legal) -> Verdict {
-        if submitted.only_reads() {
+    pub(crate) fn check(
+        &self,
+        disk: &Disk,
+        op: OpId,
+        submitted: &Submitted,
+        legal: Legal,
+    ) -> Verdict {
+        if submitted.kind.only_reads() {
             return Ok(());
         }
-        if self.latched {
-            let detail = std::format!("{:?}", submitted.kind);
-            return refuse("nothing but reads follows a failure of metadata or a sync", detail);
+        if self.latch != Latch::Open {
+            return self.check_after_latch(disk, op, submitted);
         }
         if !self.synced && !matches!(submitted.kind, OpKind::Sync) {
             let detail = std::format!("{:?}", submitted.kind);
@@ -165,6 +202,20 @@ impl Rules {
             refuse("what a snapshot refers to never changes", detail)
         })
     }
+}
+
+/// Is this what the header holds already, of version 3, with the bit "corrupt"?
+fn marks_only(disk: &Disk, payload: &[SectorId]) -> bool {
+    let pool = disk.pool().borrow();
+    payload.iter().enumerate().all(|(sector, &id)| {
+        disk.possible(sector).any(|before| {
+            let mut words = *pool.words(before);
+            if sector == 0 {
+                words[9] |= 2;
+            }
+            words == *pool.words(id) && (sector != 0 || words[0] << 32 >> 32 == 3)
+        })
+    })
 }
 
 /// The parts of `new` words that differ, `step` at a time: their number, and what they are now.

@@ -1,21 +1,26 @@
 //! An engine, a disk and the buffers between them.
 
 use std::rc::Rc;
+use std::string::{String, ToString};
 use std::vec;
 use std::vec::Vec;
 
 use crate::engine::Engine;
 use crate::error::{IoErrorKind, OpenError};
-use crate::header::Header;
-use crate::image::Image;
 use crate::layer::Layer;
-use crate::op::{COPY_BUFFER, Compressed, FileId, Op, OpKind, Outcome, Reply, Request};
+use crate::op::{
+    COPY_BUFFER, Compressed, Compression, FileId, Op, OpKind, Outcome, Reply, Request,
+};
 use crate::options::Options;
 use crate::report::Health;
 use crate::testing::disk::Disk;
+use crate::testing::fuzz::Fence;
 use crate::testing::guest::Guest;
 use crate::testing::image::inflate;
+use crate::testing::kept::Kept;
+use crate::testing::open::{Opened, Source};
 use crate::testing::pool::{SECTOR, SectorId};
+use crate::testing::prng::Prng;
 use crate::testing::rules::{Broken, Submitted};
 use crate::testing::size;
 
@@ -46,9 +51,20 @@ pub struct World {
     pub plain: bool,
     /// The host has no room for a longer file.
     pub full: bool,
+    /// The host has room for files of so many bytes.
+    pub room: u64,
+    /// What an image that may be wrong must still be kept from.
+    pub fence: Option<Fence>,
+    /// Inflates a cluster to exactly the length of the last; whether that went well.
+    pub inflate: Inflate,
+    /// The journal, if there is one.
+    pub kept: Option<Kept>,
     /// Where each tag's request begins on the virtual disk.
     places: Vec<u64>,
 }
+
+/// Fills a cluster from compressed bytes, if they are good.
+pub type Inflate = fn(Compression, &[u8], &mut [u8]) -> bool;
 
 /// A file beneath an image.
 #[derive(Clone, Debug)]
@@ -74,10 +90,8 @@ impl Beneath {
             return Ok(Layer::raw(len));
         }
         let read = |offset: u64, len: usize| part_of(&self.bytes, offset, len).to_vec();
-        let needed = Header::needed(&read(0, SECTOR))?;
-        let header = Header::parse(&read(0, needed), len, true)?;
-        let l1 = read(header.l1_extent().offset, size(header.l1_extent().len));
-        Layer::qcow2(&header, &l1, len, self.data.as_ref().map(|data| data.len() as u64))
+        let source = Source { read: &read, len };
+        source.layer(&source.header(true)?, self.data.as_ref().map(|data| data.len() as u64))
     }
 }
 
@@ -87,41 +101,38 @@ fn part_of(bytes: &[u8], offset: u64, len: usize) -> &[u8] {
     &rest[..len.min(rest.len())]
 }
 
-/// Opens an image: the one place that knows how much of it is read.
+/// Inflates what the images made in code have.
+fn inflate_own(_: Compression, bytes: &[u8], cluster: &mut [u8]) -> bool {
+    let found = inflate(bytes, cluster.len());
+    found.is_some_and(|found| {
+        cluster.copy_from_slice(&found);
+        true
+    })
+}
+
+/// Opens an image.
 ///
 /// # Errors
-/// See [`Header::parse`] and [`Image::new`].
-pub fn open_image(
+/// See [`Header::parse`](crate::Header::parse) and [`Image::new`](crate::Image::new).
+pub(crate) fn open_image(
     disk: &Disk,
     beneath: &[Beneath],
     data: Option<u64>,
-    read_only: bool,
-) -> Result<Image, OpenError> {
+    (read_only, snapshot): (bool, Option<usize>),
+) -> Result<Opened, OpenError> {
     let read = |offset: u64, len: usize| {
-        let mut bytes = vec![0; len];
-        let have = disk.read(offset, &mut bytes);
-        bytes.truncate(have);
+        let mut bytes = vec![0; len.min(size(disk.len().saturating_sub(offset)))];
+        disk.read(offset, &mut bytes);
         bytes
     };
-    let needed = Header::needed(&read(0, SECTOR))?;
-    let header = Header::parse(&read(0, needed), disk.len(), read_only)?;
-    let part = |extent: crate::Extent| read(extent.offset, size(extent.len));
-    let (l1, refcounts) = (part(header.l1_extent()), part(header.refcount_table_extent()));
-    let layers = beneath.iter().map(Beneath::layer).collect::<Result<_, _>>()?;
-    let snapshots = header.snapshots();
-    let mut image = Image::new(header, &l1, &refcounts, disk.len())?.with_layers(layers)?;
-    if let Some(table) = snapshots {
-        let bytes = read(table.offset, SECTOR);
-        let found = table.snapshots(&bytes)?.expect("the table is one sector");
-        image.protect(crate::Extent { offset: table.offset, len: bytes.len() as u64 });
-        for snapshot in found {
-            image.protect(snapshot.l1);
-        }
+    let source = Source { read: &read, len: disk.len() };
+    let mut header = source.header(read_only)?;
+    if let (Some(number), Some(table)) = (snapshot, header.snapshots()) {
+        let (all, _) = source.snapshots(table)?;
+        header = header.for_snapshot(&all[number % all.len()], disk.len())?;
     }
-    Ok(match data {
-        Some(len) => image.with_data_file(len),
-        None => image,
-    })
+    let layers = beneath.iter().map(Beneath::layer).collect::<Result<_, _>>()?;
+    source.image(header, layers, data, read_only)
 }
 
 impl World {
@@ -157,11 +168,55 @@ impl World {
         options: &Options,
     ) -> Result<Self, OpenError> {
         let len = data.as_ref().map(Disk::len);
-        let image = open_image(&disk, &beneath, len, options.read_only)?;
-        let engine = Engine::new(image, options)?;
+        let opened = open_image(&disk, &beneath, len, (options.read_only, None))?;
+        Self::of(opened, disk, beneath, data, options)
+    }
+
+    /// The same for an image that has been opened already.
+    pub(crate) fn of(
+        opened: Opened,
+        mut disk: Disk,
+        beneath: Vec<Beneath>,
+        data: Option<Disk>,
+        options: &Options,
+    ) -> Result<Self, OpenError> {
+        let engine = Engine::new(opened.image, options)?;
+        if let Some((offset, bytes)) = opened.marks {
+            disk.write_durably(offset, &bytes);
+        }
+        let kept = (options.journal != 0).then(|| Kept::new(options.journal));
+        Ok(Self::with(engine, (disk, beneath, data), kept, options))
+    }
+
+    /// The same as the successor of a killed process, with its journal.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn recover(
+        disk: Disk,
+        beneath: Vec<Beneath>,
+        data: Option<Disk>,
+        options: &Options,
+        kept: Kept,
+    ) -> Result<Self, String> {
+        let len = data.as_ref().map(Disk::len);
+        let (kept, records) = kept.found().map_err(|error| error.to_string())?;
+        // Bitmaps were marked when the image was opened first.
+        let opened = open_image(&disk, &beneath, len, (false, None));
+        let engine = opened.and_then(|it| Engine::recover(it.image, options, &records));
+        let engine = engine.map_err(|error| error.to_string())?;
+        Ok(Self::with(engine, (disk, beneath, data), Some(kept), options))
+    }
+
+    fn with(
+        engine: Engine,
+        (disk, beneath, data): (Disk, Vec<Beneath>, Option<Disk>),
+        kept: Option<Kept>,
+        options: &Options,
+    ) -> Self {
         let depth = usize::from(options.depth);
-        let copies = vec![vec![0xbb; COPY_BUFFER as usize]; engine.copy_buffers()];
-        Ok(Self {
+        let copies = vec![Vec::new(); engine.copy_buffers()];
+        Self {
             engine,
             disk,
             beneath,
@@ -174,8 +229,12 @@ impl World {
             handed: None,
             plain: false,
             full: false,
+            room: u64::MAX,
+            fence: None,
+            inflate: inflate_own,
+            kept,
             places: vec![0; depth],
-        })
+        }
     }
 
     /// Submits a request; a write's bytes are in `buffer`, a read's length is that of `buffer`.
@@ -199,14 +258,30 @@ impl World {
 
     /// Takes what the engine has to say.
     pub fn pump(&mut self, guest: Option<&Guest>) {
+        if let Some(kept) = &mut self.kept {
+            kept.take(&mut self.engine);
+        }
+        if let Health::Failed(failure) = self.engine.health() {
+            self.disk.latch(failure.is_corruption());
+        }
         while let Some(op) = self.engine.next_op(0) {
             let submitted = self.submitted(op);
+            if let Some(fence) = &mut self.fence
+                && let Err(broken) = fence.check(&self.disk, op, &submitted)
+            {
+                self.broken.get_or_insert(broken);
+            }
             let legal = |sector, id| guest.is_none_or(|guest| guest.is_legal(sector, id));
             match (op.file, &mut self.data) {
                 (FileId::Image, data) => {
                     self.disk.can_punch = !self.plain;
                     self.disk.follow(data.as_ref());
-                    if let Err(broken) = self.disk.submit(op.id, &submitted, &legal) {
+                    // Two entries of an image that is wrong may share a cluster of guest data.
+                    // When one is gone it is punched, whoever writes through the other.
+                    let theirs = self.fence.is_some() && !submitted.is_metadata();
+                    if let Err(broken) = self.disk.submit(op.id, &submitted, &legal)
+                        && !theirs
+                    {
                         self.broken.get_or_insert(broken);
                     }
                 }
@@ -230,6 +305,14 @@ impl World {
 
     /// The operation with the bytes that it writes.
     fn submitted(&mut self, op: Op) -> Submitted {
+        if let OpKind::CopyRead { buffer, .. }
+        | OpKind::CopyFill { buffer, .. }
+        | OpKind::CopyInflate { buffer, .. }
+        | OpKind::CopyWrite { buffer, .. } = op.kind
+        {
+            // Most runs need few of them.
+            self.copies[usize::from(buffer)].resize(COPY_BUFFER as usize, 0xbb);
+        }
         let mut pool = self.disk.pool().borrow_mut();
         let mut intern = |bytes: &[u8]| bytes.chunks(SECTOR).map(|it| pool.intern(it)).collect();
         let place = |tag: u16, at: u32| {
@@ -278,16 +361,44 @@ impl World {
         let op = self.in_flight.remove(index);
         let outcome = match error {
             Some(kind) => self.break_off(op, kind, most),
+            None if self.is_too_long(op) => self.break_off(op, IoErrorKind::NoSpace, 0),
             None => self.carry_out(op, most),
         };
         if op.file == FileId::Image && outcome != Outcome::Done {
             let metadata = matches!(op.kind, OpKind::MetaWrite { .. } | OpKind::Sync);
             if metadata && matches!(outcome, Outcome::Error(_)) {
-                self.disk.latch();
+                self.disk.latch(false);
             }
+        }
+        if let Some(fence) = &mut self.fence {
+            fence.note(op, outcome);
         }
         self.engine.complete(op.id, outcome);
         self.pump(guest);
+    }
+
+    /// The process is killed in the middle of what follows from the end of an operation.
+    pub fn die_at(&mut self, index: usize, prng: &mut Prng) {
+        let op = self.in_flight.remove(index);
+        let outcome = self.carry_out(op, u32::MAX);
+        self.engine.complete(op.id, outcome);
+        if let Some(kept) = &mut self.kept {
+            kept.tear(&mut self.engine, prng);
+        }
+    }
+
+    /// Would a file become longer than there is room for?
+    fn is_too_long(&self, op: Op) -> bool {
+        let end = match op.kind {
+            OpKind::Write { offset, len, .. }
+            | OpKind::WriteZeros { offset, len }
+            | OpKind::CopyWrite { offset, len, .. }
+            | OpKind::MetaWrite { offset, len } => offset.saturating_add(len.into()),
+            OpKind::ZeroRange { offset, len } => offset.saturating_add(len),
+            OpKind::Extend { to, .. } => to,
+            _ => 0,
+        };
+        end > self.room
     }
 
     /// The disk that an operation goes to, which is not one beneath.
@@ -421,11 +532,13 @@ impl World {
         }
     }
 
-    /// Inflates a cluster, as the tests make them.
+    /// Inflates a cluster.
     fn inflate(&self, op: Op, source: Compressed) -> Option<Vec<u8>> {
         let mut bytes = vec![0; source.len as usize];
-        self.read(op, source.offset, &mut bytes);
-        inflate(&bytes, 1 << source.cluster_bits)
+        let have = self.read(op, source.offset, &mut bytes);
+        let mut cluster = vec![0; 1 << source.cluster_bits];
+        let good = (self.inflate)(source.method, &bytes[..have as usize], &mut cluster);
+        good.then_some(cluster)
     }
 
     /// Reads from the image or from what lies beneath; returns how much there was.

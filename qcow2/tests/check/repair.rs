@@ -13,6 +13,7 @@ use qcow2::check::repair::{
 use qcow2::check::{
     CheckError, Checker, Finding, FindingKind, Limits, ReadAt, ReadError, check, check_within,
 };
+use qcow2::testing::fuzz::may_stay;
 
 use crate::crash::{Disk, Event, crash_states, guest};
 use crate::damage::{Map, damage, put, u64_at};
@@ -28,27 +29,6 @@ fn repaired(
     let mut disk = Disk::new(image);
     let result = repair(&mut disk, what, &mut |_, _, _| {});
     (disk, result)
-}
-
-/// What a repair of everything may leave.
-fn may_stay(finding: &Finding, all: &[Finding]) -> bool {
-    let has = |kinds: &[FindingKind]| all.iter().any(|other| kinds.contains(&other.kind));
-    match finding.kind {
-        // What begins in the file and reaches over its end is not counted, but kept.
-        FindingKind::Leak => all.iter().any(|other| {
-            other.kind == FindingKind::BeyondEnd
-                && (other.found..other.expected).contains(&finding.at)
-        }),
-        FindingKind::RefcountTooLow | FindingKind::SharedRefcountBlock => false,
-        // An entry that is bad itself, or is in a table that something else uses, too, or that is
-        // not where a table can be; or one cluster with more references than can be counted.
-        FindingKind::Copied | FindingKind::CopiedCompressed | FindingKind::CopiedWithoutOffset => {
-            all.iter().any(|other| other.at == finding.at && other.kind != finding.kind)
-                || has(&[FindingKind::Overlap, FindingKind::RefcountOverflow])
-                || has(&[FindingKind::Unaligned, FindingKind::BeyondEnd])
-        }
-        _ => true,
-    }
 }
 
 /// The damaged image of a seed, and what was done to it.

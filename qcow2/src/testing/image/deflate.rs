@@ -138,7 +138,8 @@ impl Reader<'_> {
     }
 }
 
-/// Inflates what [`deflate`] makes, to exactly `len` bytes; what follows does not matter.
+/// Inflates what [`deflate`] makes, to exactly `len` bytes; what follows does not matter, be it of
+/// the stream or behind it.
 #[must_use]
 pub fn inflate(bytes: &[u8], len: usize) -> Option<Vec<u8>> {
     let (mut reader, mut out) = (Reader { bytes, at: 0 }, Vec::new());
@@ -156,6 +157,9 @@ pub fn inflate(bytes: &[u8], len: usize) -> Option<Vec<u8>> {
                 reader.at = end * 8;
             }
             1 => loop {
+                if out.len() >= len {
+                    break;
+                }
                 let length = match reader.symbol()? {
                     END => break,
                     UP_TO_257 => 227 + reader.bits(5)? as usize,
@@ -165,7 +169,7 @@ pub fn inflate(bytes: &[u8], len: usize) -> Option<Vec<u8>> {
                         continue;
                     }
                 };
-                if reader.bits(5)? != 0 || out.len() + length > len {
+                if reader.bits(5)? != 0 {
                     return None;
                 }
                 let byte = *out.last()?;
@@ -173,7 +177,8 @@ pub fn inflate(bytes: &[u8], len: usize) -> Option<Vec<u8>> {
             },
             _ => return None,
         }
-        if last {
+        if last || out.len() >= len {
+            out.truncate(len);
             return (out.len() == len).then_some(out);
         }
     }
@@ -196,6 +201,9 @@ mod tests {
             packed.extend([0xff; 9]);
             assert_eq!(inflate(&packed, bytes.len()), Some(bytes.clone()));
             assert_eq!(inflate(&packed, bytes.len() + 1), None);
+            for len in [512, 1000, bytes.len() - 1] {
+                assert_eq!(inflate(&packed, len), Some(bytes[..len].to_vec()), "{len}");
+            }
         }
     }
 }

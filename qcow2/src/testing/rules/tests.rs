@@ -186,9 +186,41 @@ fn a_write_before_the_first_sync() {
 #[test]
 fn a_write_after_a_failure() {
     let mut bench = Bench::new();
-    bench.disk.latch();
+    bench.disk.latch(false);
     refused(&bench.data(DATA, 0), "nothing but reads");
     bench.read(DATA, 0);
+}
+
+#[test]
+fn anything_but_the_mark_after_a_corruption_was_found() {
+    const RULE: &str = "an image found corrupt is marked so, once, and left alone";
+    let found = || {
+        let mut bench = Bench::new();
+        bench.disk.latch(true);
+        let header = *bench.disk.pool().borrow().words(bench.disk.durable[0]);
+        (bench, header)
+    };
+    let (mut bench, mut header) = found();
+    refused(&bench.data(DATA, 0), RULE);
+    let (mut bench, _) = found();
+    refused(&bench.meta(L2, &[0; WORDS]), RULE);
+    let (mut bench, _) = found();
+    refused(&bench.meta(0, &header), RULE);
+    let (mut bench, _) = found();
+    refused(&bench.submit(OpKind::Sync, Vec::new(), None), RULE);
+    header[9] |= 2;
+    let (mut bench, mut other) = found();
+    other[9] |= 3;
+    refused(&bench.meta(0, &other), RULE);
+    let (mut bench, _) = found();
+    bench.written(0, &header);
+    bench.sync();
+    refused(&bench.meta(0, &header), RULE);
+    // After another failure not even that.
+    let mut bench = Bench::new();
+    bench.disk.latch(false);
+    bench.disk.latch(true);
+    refused(&bench.meta(0, &header), "nothing but reads");
 }
 
 #[test]

@@ -138,6 +138,20 @@ pub(super) fn files() -> Vec<Workload> {
             options: Options { discards: Discards::Keep, ..normal() },
             ..base("keep", ImageSpec { backing: 12 << 10, snapshots: 1, ..half() })
         },
+        Workload {
+            options: Options { discards: Discards::Keep, ..normal() },
+            ..base(
+                "data-file-keep",
+                ImageSpec { data_file: Some(DataFile::Own(16 << 10)), backing: 8 << 10, ..half() },
+            )
+        },
+        Workload {
+            options: Options { discards: Discards::Keep, ..normal() },
+            ..base(
+                "data-file-raw-keep",
+                ImageSpec { data_file: Some(DataFile::Raw), every: 1, ..half() },
+            )
+        },
         device("device", ImageSpec { device: 192 << 10, refcount_order: 5, ..half() }),
         Workload {
             punch: false,
