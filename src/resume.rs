@@ -40,7 +40,8 @@ pub fn recover(args: &RecoverArgs) -> Result<()> {
     drop(control);
     let image = state.image_path.clone();
     let what = What::Old { info, state: Box::new(state) };
-    crate::run_server(args.foreground, |reporter| server::serve(&recipe, what, reporter))
+    let verbosity = args.log.or(recipe.log);
+    crate::run_server(args.foreground, verbosity, |reporter| server::serve(&recipe, what, reporter))
         .with_context(|| format!("device {}, image {image}", args.number))
 }
 

@@ -124,8 +124,9 @@ impl Engine {
         let metadata_end = first_fresh(&image, options);
         let per_queue = count / usize::from(options.queues);
         let ops = OpTable::new(count, staging, copy_buffers, geometry);
-        let out = vec![VecDeque::with_capacity(ops.capacity()); options.queues.into()];
-        let replies = vec![VecDeque::with_capacity(per_queue); options.queues.into()];
+        // Each made on its own: a clone of an empty queue has no room.
+        let out = (0..options.queues).map(|_| VecDeque::with_capacity(ops.capacity())).collect();
+        let replies = (0..options.queues).map(|_| VecDeque::with_capacity(per_queue)).collect();
         let mut engine = Self {
             decoder: image.decoder,
             virtual_size: image.virtual_size(),
