@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # kernels: old new
 # disk: no
-# timeout: 420
+# timeout: 600
 # memory: 8G
 # Room runs out beneath an image: on a full XFS, for new clusters, for copy-on-write of an overlay
 # and beneath a mounted file system; and on a block device, which cannot grow. Writes are told so,
-# reads go on and are right, and nothing is latched: with room again writes go on, on the same device
-# and on a new one. By hand: PATHS='copy'.
+# reads go on and are right, and nothing is latched: with room again writes go on, on the same
+# device and on a new one. By hand: PATHS='copy'.
 source "$(dirname "$0")/lib.sh"
 
 BLOCK=65536
