@@ -62,7 +62,7 @@ impl Watch {
         &self.episodes
     }
 
-    /// Another tick has passed, with these operations in flight: file, kind, tick of their beginning.
+    /// Another tick has passed, with these operations in flight: file, kind, tick of the beginning.
     pub fn tick(&mut self, in_flight: impl Iterator<Item = (FileId, OpKind, Ticks)>) {
         self.now = self.now.saturating_add(1);
         self.found.clear();

@@ -53,9 +53,9 @@ pub(crate) struct Allocated {
 
 /// Clusters on their way into the pool.
 #[derive(Clone, Copy, Debug)]
-struct Pending {
-    start: u64,
-    count: u64,
+pub(crate) struct Pending {
+    pub(crate) start: u64,
+    pub(crate) count: u64,
     space: Space,
     /// The round whose first fdatasync makes them durable; `None` while they are being zeroed.
     round: Option<u64>,
@@ -75,11 +75,11 @@ pub(crate) struct NewBlock {
 /// Reservation and the search for free clusters.
 #[derive(Clone, Debug)]
 pub(crate) struct Allocator {
-    zero: VecDeque<(u64, u64)>,
-    stale: VecDeque<(u64, u64)>,
-    pool: u64,
-    pending: Vec<Pending>,
-    pending_clusters: u64,
+    pub(crate) zero: VecDeque<(u64, u64)>,
+    pub(crate) stale: VecDeque<(u64, u64)>,
+    pub(crate) pool: u64,
+    pub(crate) pending: Vec<Pending>,
+    pub(crate) pending_clusters: u64,
     pub(crate) new_blocks: Vec<NewBlock>,
     /// On a block device: this cluster was zeroed to become one.
     pub(crate) zeroed_block: Option<u64>,
@@ -591,23 +591,6 @@ impl Engine {
         }
         if self.allocator.pool != 0 {
             self.wake(|wait| wait == Wait::Reserve);
-        }
-    }
-
-    /// Gives the reservation back: the refcounts go down, and the end of the file with them.
-    pub(crate) fn return_reserve(&mut self) {
-        self.allocator.stopped = true;
-        let pool: Vec<_> =
-            self.allocator.zero.drain(..).chain(self.allocator.stale.drain(..)).collect();
-        let pending = self.allocator.pending.drain(..).map(|p| (p.start, p.count));
-        let mut all: Vec<_> = pool.into_iter().chain(pending).collect();
-        (self.allocator.pool, self.allocator.pending_clusters) = (0, 0);
-        all.sort_unstable();
-        for (start, count) in all.into_iter().rev() {
-            if start + count == self.allocator.next_fresh {
-                self.allocator.next_fresh = start;
-            }
-            self.quarantine.lower_only(start, count);
         }
     }
 }
