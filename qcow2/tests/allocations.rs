@@ -99,6 +99,8 @@ struct Driver {
     in_flight: Vec<Op>,
     free: Vec<(u16, u16)>,
     prng: Prng,
+    /// Bytes of a cluster.
+    cluster: u64,
     now: u64,
     done: u64,
 }
@@ -110,7 +112,8 @@ fn at(number: u64) -> usize {
 impl Driver {
     fn submit(&mut self) {
         let Some((queue, tag)) = self.free.pop() else { return };
-        let most = if self.prng.one_in(4) { 1024 } else { 64 };
+        // Up to eight clusters: more of small ones would only take longer.
+        let most = if self.prng.one_in(4) { 8 } else { 1 } * self.cluster / SECTOR;
         let sectors = 1 + self.prng.below(most);
         let offset = self.prng.below(SIZE / SECTOR - sectors) * SECTOR;
         let len = u32::try_from(sectors * SECTOR).unwrap();
@@ -234,7 +237,7 @@ fn driver(name: &str, layout: &str, over: bool, more: &Options) -> Driver {
     let image = image.with_layers(layers).unwrap();
     let options = Options { queues: QUEUES, depth: DEPTH, ..more.clone() };
     let engine = Engine::new(image, &options).unwrap();
-    let len = bytes.len();
+    let (len, image_bits) = (bytes.len(), bytes[23]);
     let mut image = vec![0; MOST];
     image[..len].copy_from_slice(&bytes);
     let tags = |queue| (0..DEPTH).map(move |tag| (queue, tag));
@@ -246,6 +249,7 @@ fn driver(name: &str, layout: &str, over: bool, more: &Options) -> Driver {
         image,
         len,
         prng: Prng::new(len as u64),
+        cluster: 1 << image_bits,
         now: 0,
         done: 0,
     };
