@@ -63,8 +63,8 @@ fn delete(control: &mut Control, features: u64, id: u32, force: bool) -> Result<
         Some(daemon) => {
             // A device that is only just being started has no disk yet that could be open.
             let starting = info.state == ublk::STATE_DEAD && State::load(id).is_none();
-            daemon.stop(control, features, force || starting)?;
-            daemon.wait()?;
+            let told = daemon.stop(control, features, force || starting)?;
+            daemon.wait(told)?;
             // However it ended: the device goes, and then its end is told.
             let verdict = verdict(id, daemon.pid);
             remove(control, id, force).and(verdict)
@@ -215,27 +215,31 @@ impl Daemon {
         ours.then_some(Self { id, pid, handle })
     }
 
-    fn stop(&self, control: &mut Control, features: u64, force: bool) -> Result<()> {
+    /// Tells it to end, and returns since when it knows.
+    fn stop(&self, control: &mut Control, features: u64, force: bool) -> Result<Instant> {
         if force {
-            return self.terminate();
+            self.terminate()?;
+            return Ok(Instant::now());
         }
         let deadline = Instant::now() + PATIENCE;
         if features & ublk::F_SAFE_STOP_DEV != 0 {
-            return self.stop_unless_open(control, deadline);
+            self.stop_unless_open(control, deadline)?;
+            return Ok(Instant::now());
         }
         // Racy: somebody may open the device between this look and its end. While our exclusive
         // open lasts, at least nobody can mount it.
         let guard = self.exclusive(deadline)?;
         self.terminate()?;
+        let told = Instant::now();
         // `wait` has the longer limit; here nobody else can open the device for so long.
-        let limit = Instant::now() + PATIENCE;
+        let limit = told + PATIENCE;
         while control.info(self.id).is_ok_and(|info| info.state == ublk::STATE_LIVE)
             && Instant::now() < limit
         {
             std::thread::sleep(Duration::from_millis(10));
         }
         drop(guard);
-        Ok(())
+        Ok(told)
     }
 
     fn stop_unless_open(&self, control: &mut Control, deadline: Instant) -> Result<()> {
@@ -291,10 +295,9 @@ impl Daemon {
         }
     }
 
-    /// Waits until the process has ended.
-    fn wait(&self) -> Result<()> {
-        let begin = Instant::now();
-        let (mut seen, mut progress) = (self.activity(), begin);
+    /// Waits until the process has ended, which was told to.
+    fn wait(&self, told: Instant) -> Result<()> {
+        let (mut seen, mut progress) = (self.activity(), told);
         loop {
             if self.handle.ended_within(Duration::from_millis(200)).context("poll")? {
                 return Ok(());
@@ -303,21 +306,17 @@ impl Daemon {
             if now != seen {
                 (seen, progress) = (now, Instant::now());
             }
+            let how = match (progress.elapsed() > IDLE_LIMIT, told.elapsed() > BUSY_LIMIT) {
+                (true, _) => format!("made no progress for {} s", IDLE_LIMIT.as_secs()),
+                (_, true) => format!("is still busy after {} s", BUSY_LIMIT.as_secs()),
+                _ => continue,
+            };
             let (id, pid) = (self.id, self.pid);
-            if progress.elapsed() > IDLE_LIMIT {
-                let limit = IDLE_LIMIT.as_secs();
-                bail!(
-                    "device {id}: its server (process {pid}) made no progress for {limit} s; it \
-                     was left to go on closing the image"
-                );
-            }
-            if begin.elapsed() > BUSY_LIMIT {
-                let limit = BUSY_LIMIT.as_secs();
-                bail!(
-                    "device {id}: its server (process {pid}) is still busy after {limit} s; it \
-                     was left to go on closing the image"
-                );
-            }
+            let next = match is_stopped(pid) {
+                true => format!("it was stopped by a signal: `kill -CONT {pid}` lets it go on"),
+                false => "it was left to go on".to_string(),
+            };
+            bail!("device {id}: its server (process {pid}) {how}; {next} closing the image");
         }
     }
 
@@ -325,8 +324,16 @@ impl Daemon {
     fn activity(&self) -> (String, String) {
         let read = |path: String| fs::read_to_string(path).unwrap_or_default();
         let (id, pid) = (self.id, self.pid);
-        (read(format!("/proc/{pid}/io")), read(format!("/sys/block/ublkb{id}/stat")))
+        (read(format!("/proc/{pid}/io")), completed(&read(format!("/sys/block/ublkb{id}/stat"))))
     }
+}
+
+/// What of a block device's `stat` counts requests that have ended. The others (requests under way
+/// and two times) go on where nothing moves.
+fn completed(stat: &str) -> String {
+    let fields = stat.split_whitespace().enumerate();
+    let ended = fields.filter(|(index, _)| !(8..11).contains(index)).map(|(_, field)| field);
+    ended.collect::<Vec<_>>().join(" ")
 }
 
 fn is_gone(error: &std::io::Error) -> bool {
@@ -338,7 +345,33 @@ fn process_name(pid: i32) -> Option<String> {
     Some(name.trim_end().to_string())
 }
 
+/// Whether a process waits for SIGCONT.
+fn is_stopped(pid: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:\tT"))
+}
+
 /// The name that the kernel shows for this program: a renamed copy serves and deletes its own.
 fn own_name() -> String {
     i32::try_from(std::process::id()).ok().and_then(process_name).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_that_passes_is_no_progress() {
+        let before = "1 0 8 3 5 0 40 9 64 100 700 2 0 16 1 4 6";
+        let waited = "1 0 8 3 5 0 40 9 64 300 900 2 0 16 1 4 6";
+        assert_eq!(completed(before), completed(waited));
+        for ended in [
+            "2 0 8 3 5 0 40 9 64 100 700 2 0 16 1 4 6",
+            "1 0 8 3 6 0 40 9 63 100 700 2 0 16 1 4 6",
+            "1 0 8 3 5 0 40 9 64 100 700 3 0 16 1 4 6",
+            "1 0 8 3 5 0 40 9 64 100 700 2 0 16 1 5 6",
+        ] {
+            assert_ne!(completed(before), completed(ended));
+        }
+    }
 }

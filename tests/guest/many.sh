@@ -26,7 +26,9 @@ nothing_left() {
     [[ -z $(ls /run/ublk-qcow2) ]] || fail "$1: left in /run/ublk-qcow2: $(ls /run/ublk-qcow2)"
     [[ -z $(within 20 ublk-qcow2 list) ]] || fail "$1: list shows $(within 20 ublk-qcow2 list)"
 }
-kernel_kib() { awk '$1 == "Slab:" || $1 == "KernelStack:" { sum += $2 } END { print sum }' /proc/meminfo; }
+kernel_kib() {
+    awk '$1 == "Slab:" || $1 == "KernelStack:" { sum += $2 } END { print sum }' /proc/meminfo
+}
 
 # --- again and again ---
 create image.qcow2 64M
@@ -52,8 +54,8 @@ for ((round = 0; round < ROUNDS; round++)); do
     cmp -n 65536 -i "$((round * 65536)):0" raw block || fail "block $round is not there"
 done
 rm raw
-say "$ROUNDS times add and del: nothing left, the slowest $slowest ms; the kernel's memory grew by" \
-    "$((late - early)) KiB"
+say "$ROUNDS times add and del: nothing left, the slowest $slowest ms;" \
+    "the kernel's memory grew by $((late - early)) KiB"
 
 # --- many at once ---
 
@@ -73,7 +75,8 @@ for ((n = 0; n < DEVICES; n++)); do
     [[ $dev == /dev/ublkb$n ]] || fail "add -n $n made $dev"
 done
 within 60 ublk-qcow2 list --json >json
-jq -e "length == $DEVICES and all(.[]; .state == \"LIVE\" and .health == \"good\")" json >/dev/null ||
+jq -e "length == $DEVICES and all(.[]; .state == \"LIVE\" and .health == \"good\")" json \
+    >/dev/null ||
     fail "list: $(jq -c '.[] | [.dev_id, .state, .health]' json)"
 # All of them, at the same time.
 for ((n = 0; n < DEVICES; n++)); do
@@ -89,8 +92,9 @@ most=0
 while read -r n pid caches tables; do
     read -r all pool shared < <(memory "$pid")
     rest=$((all - pool - caches / 1024))
-    ((n % 16)) || say "device $n: resident $all KiB; payload pool $pool, caches $((caches / 1024))," \
-        "the rest $rest, of that the program's own pages $shared and tables $((tables / 1024)) KiB"
+    ((n % 16)) || say "device $n: resident $all KiB; payload pool $pool," \
+        "caches $((caches / 1024)), the rest $rest, of that the program's own pages $shared" \
+        "and tables $((tables / 1024)) KiB"
     ((rest <= most)) || most=$rest
 done < <(jq -r '.[] | "\(.dev_id) \(.daemon_pid) \(.memory.caches) \(.memory.tables)"' json)
 say "$DEVICES devices: at most $most KiB each, without caches and payload (limit $LIMIT_KIB)"

@@ -36,18 +36,21 @@ trap 'clean_up; on_exit' EXIT
 # until its time is up. It prints how often it got through.
 cat >hog.pl <<'END'
 my ($mib, $seconds) = @ARGV;
-my ($end, $pages, $pass) = (time + $seconds, $mib * 256, 0);
-my $memory = "\0" x ($mib << 20);
-while (1) {
-    for my $page (0 .. $pages - 1) {
-        my $have = unpack("Q", substr($memory, $page * 4096 + 1024, 8));
-        my $want = $pass ? $pass * 1000003 + $page : 0;
-        die "page $page has $have, not $want, in pass $pass\n" if $have != $want;
-        substr($memory, $page * 4096 + 1024, 8) = pack("Q", ($pass + 1) * 1000003 + $page);
-        last if $page % 256 == 0 && time > $end + 120;
+my ($end, $pass) = (time + $seconds, 0);
+my @memory;
+push @memory, "\0" x (1 << 20) for 1 .. $mib;
+while (time < $end || !$pass) {
+    for my $piece (0 .. $mib - 1) {
+        for my $page (0 .. 255) {
+            my $number = $piece * 256 + $page;
+            my $have = unpack("Q", substr($memory[$piece], $page * 4096 + 1024, 8));
+            my $want = $pass ? $pass * 1000003 + $number : 0;
+            die "page $number has $have, not $want, in pass $pass\n" if $have != $want;
+            substr($memory[$piece], $page * 4096 + 1024, 8) =
+                pack("Q", ($pass + 1) * 1000003 + $number);
+        }
     }
     $pass++;
-    last if time >= $end;
 }
 print "$pass\n";
 END
