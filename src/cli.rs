@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::Recovery;
 use crate::lock;
+use crate::log::Verbosity;
 use crate::payload::DataPath;
 
 /// Serves a qcow2 image as a block device /dev/ublkbN.
@@ -22,6 +23,7 @@ Examples:
   ublk-qcow2 add -f vm.qcow2 --read-only --snapshot before-upgrade
   ublk-qcow2 add -f overlay.qcow2 --allow-backing /srv/templates
   ublk-qcow2 list --json
+  ublk-qcow2 stats -n 0 --watch
   ublk-qcow2 del -n 0
   ublk-qcow2 info -f vm.qcow2
   ublk-qcow2 check -f vm.qcow2 --repair leaks
@@ -33,6 +35,50 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
 }
+
+const LIST_FIELDS: &str = "\
+JSON, for each device:
+  path, dev_id, state, flags…   what the driver says; state is LIVE, QUIESCED (its server has died
+                    or handed it over, requests wait), FAIL_IO (they fail) or DEAD
+  target            what its server recorded; null for devices of other servers. Of it:
+    image_path, version, virtual_size, cluster_size, block_size, read_only
+    data_path       zero-copy, user-copy or copy: how the bytes of requests travel
+    direct          whether the image is read and written past the page cache
+    recipe          the options of its `add`, if it has --recovery
+    handed_over     its server has ended and waits for `recover`
+    close_error     why the image could not be closed cleanly
+  recovery          what --recovery said; null: the device ends with its server
+  health            good; failed: why writes and flushes fail from now on; or that the server
+                    is gone or does not answer
+  degraded          whether it is failed; null if nobody answers
+  stuck             operations on files that have not returned for 30 s: queue, file, operation,
+                    count, seconds (of the first)
+  stats, memory     of `stats --json`; null if nobody answers";
+
+const STATS_FIELDS: &str = "\
+Counters begin at 0 when a server starts. JSON:
+  device, image, pid, health, degraded, stuck      as in `list --json`
+  requests          for read, write, flush, discard, write_zeroes:
+    requests, bytes, errors     that were replied to; errors are among the requests
+    latency         from arrival to reply: sum_us, and in buckets how many took at most as many us
+                    as latency_limits_us says at that place, and more than at the place before
+  stats             of the engine:
+    syncs           calls of fdatasync; fua_writes: writes with FUA, also counted as writes
+    l2_hits, l2_misses, refcount_hits, refcount_misses      of the caches of tables
+    metadata_reads, metadata_writes      of pages of tables
+    allocated_data, allocated_metadata   host clusters
+    copies, copied_bytes                 copy-on-write
+    reserved, quarantined, overlay       now: clusters reserved ahead of need, clusters on their
+                    way to being free, mappings whose data is not durable yet
+  leak_bound        clusters that a crash now would leave counted and unused, at the most
+  memory            bytes: caches (the budget), tables
+  queues            for each: requests by kind, bytes, errors, mean_latency_us, what is under way,
+                    operations and turns (system calls) of its ring; refused: requests of a kind
+                    that is not served; responds: false if its thread does not answer
+  log_lines_dropped
+
+Prometheus: the same, as ublk_qcow2_… with the labels device and image; latencies are the histogram
+ublk_qcow2_request_duration_seconds.";
 
 /// What to do.
 #[derive(Debug, Subcommand)]
@@ -63,7 +109,11 @@ until `ublk-qcow2 recover -n ID` serves them, with this or another version of th
 request fails. Needs `add --recovery` and Linux 6.16.")]
     Quiesce(QuiesceArgs),
     /// Show ublk devices, also those of other servers.
+    #[command(after_help = LIST_FIELDS)]
     List(ListArgs),
+    /// Show what a device does: requests, latencies, caches, what is stuck.
+    #[command(after_help = STATS_FIELDS)]
+    Stats(StatsArgs),
     /// Check the tables of an image, and repair them.
     #[command(after_help = "\
 Exit status, as of `qemu-img check`:
@@ -181,6 +231,12 @@ pub struct AddArgs {
     #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = size)]
     pub refcount_cache: u64,
 
+    /// How much is logged: to stderr in the foreground, in the background to the journal or to
+    /// syslog. Warnings and errors if left out, or what RUST_LOG says.
+    #[arg(long, value_name = "LEVEL", value_enum)]
+    #[serde(default)]
+    pub log: Option<Verbosity>,
+
     /// For tests: caches so small that every wait is waited.
     #[arg(long, hide = true)]
     pub stress: bool,
@@ -208,6 +264,10 @@ pub struct RecoverArgs {
     /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device.
     #[arg(long)]
     pub foreground: bool,
+
+    /// How much is logged; as `add` was told if left out.
+    #[arg(long, value_name = "LEVEL", value_enum)]
+    pub log: Option<Verbosity>,
 }
 
 /// `quiesce`
@@ -263,6 +323,26 @@ pub struct ListArgs {
     /// As a JSON array, with live counters.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `stats`
+#[derive(Args, Debug)]
+pub struct StatsArgs {
+    /// The device number N of /dev/ublkbN.
+    #[arg(short = 'n', long = "number", value_name = "ID")]
+    pub number: u32,
+
+    /// As a JSON object.
+    #[arg(long, conflicts_with_all = ["prometheus", "watch"])]
+    pub json: bool,
+
+    /// In Prometheus' text format, for a textfile collector.
+    #[arg(long, conflicts_with = "watch")]
+    pub prometheus: bool,
+
+    /// A line each second, until Ctrl-C: requests, bytes, mean latency, fdatasyncs.
+    #[arg(long)]
+    pub watch: bool,
 }
 
 /// `check`

@@ -18,6 +18,7 @@ use nix::unistd::{ForkResult, Pid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, 
 
 use crate::control::Control;
 use crate::device;
+use crate::log::{self, Verbosity};
 use crate::notify;
 use crate::signals::Signals;
 use crate::state::State;
@@ -80,7 +81,10 @@ impl Reporter {
 }
 
 /// Runs `serve` in a daemon and returns once it is ready or has failed.
-pub fn launch(serve: impl FnOnce(&mut Reporter) -> Result<()>) -> Result<()> {
+pub fn launch(
+    verbosity: Option<Verbosity>,
+    serve: impl FnOnce(&mut Reporter) -> Result<()>,
+) -> Result<()> {
     // Before the fork, so that neither process misses one.
     let signals = Signals::take_over()?;
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("pipe")?;
@@ -88,15 +92,20 @@ pub fn launch(serve: impl FnOnce(&mut Reporter) -> Result<()>) -> Result<()> {
         ForkResult::Child => {
             drop((reader, signals));
             let mut reporter = Reporter::Parent(File::from(writer));
-            let result = detach(&reporter).and_then(|()| serve(&mut reporter));
+            let result = detach(&reporter).and_then(|()| {
+                log::open(false, verbosity);
+                serve(&mut reporter)
+            });
             let code = match result {
                 Ok(()) => 0,
                 Err(error) => {
-                    // After `ready` nobody listens, and the state file tells.
+                    // After `ready` nobody listens, and the log and the state file tell.
                     let _ = reporter.send("error", &format!("{error:#}"));
+                    tracing::error!("{error:#}");
                     1
                 }
             };
+            log::flush();
             std::process::exit(code);
         }
         ForkResult::Parent { child } => {

@@ -14,7 +14,7 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use qcow2::{COPY_BUFFER, Compressed, Engine, IoErrorKind, Op, OpKind, Outcome};
+use qcow2::{COPY_BUFFER, Compressed, Engine, FileId, IoErrorKind, Op, OpKind, Outcome};
 
 use crate::buffer::{Area, PAGE, Piece};
 use crate::errno;
@@ -22,6 +22,7 @@ use crate::files::{FileKind, Files, Source};
 use crate::payload::Payload;
 use crate::pool::{Pool, Workers};
 use crate::ring::Io;
+use crate::watch::Ticks;
 
 /// The largest `WriteZeros` the engine asks for.
 const ZEROS: usize = 2 << 20;
@@ -44,6 +45,15 @@ pub struct Flight {
     tries: u32,
     /// Whether fallocate was refused and this is the ftruncate in its place.
     fallback: bool,
+    /// When it was submitted last.
+    since: Ticks,
+}
+
+impl Flight {
+    /// What the watch looks at: the file, the operation, since when.
+    pub fn watched(&self) -> (FileId, OpKind, Ticks) {
+        (self.staged.op.file, self.staged.op.kind, self.since)
+    }
 }
 
 /// An operation that the engine wants carried out, and its staging block if it is one of metadata.
@@ -149,8 +159,13 @@ impl Driver {
         Staged { op, block }
     }
 
-    /// The first step of an operation.
-    pub fn start(&mut self, staged: Staged) -> Step {
+    /// What waits to be inflated, as [`Flight::watched`].
+    pub fn watched(&self) -> impl Iterator<Item = (FileId, OpKind, Ticks)> {
+        self.pool.watched()
+    }
+
+    /// The first step of an operation, at this tick.
+    pub fn start(&mut self, staged: Staged, now: Ticks) -> Step {
         let op = staged.op;
         let Some(file) = self.files.get(op.file) else {
             return ended(staged, Outcome::Error(IoErrorKind::Io));
@@ -160,7 +175,7 @@ impl Driver {
             OpKind::Read { tag, at, offset, len } => self.payload.read(fd, offset, tag, at, len),
             OpKind::Write { tag, at, offset, len } => self.payload.write(fd, offset, tag, at, len),
             OpKind::Inflate { source, .. } | OpKind::CopyInflate { source, .. } => {
-                return self.inflate(staged, source);
+                return self.inflate(staged, source, now);
             }
             OpKind::Fill { tag, at, len } => match self.payload.zero(tag, at, len) {
                 Some(io) => io,
@@ -204,11 +219,13 @@ impl Driver {
                 Err(outcome) => return ended(staged, outcome),
             },
         };
-        Step::Submit(Flight { staged, io, have: 0, parts: 0, tries: 0, fallback: false }, io)
+        let (have, parts, tries, fallback, since) = (0, 0, 0, false, now);
+        Step::Submit(Flight { staged, io, have, parts, tries, fallback, since }, io)
     }
 
-    /// The step after a completion with `result`.
-    pub fn next(&mut self, mut flight: Flight, result: i32) -> Step {
+    /// The step after a completion with `result`, at this tick.
+    pub fn next(&mut self, mut flight: Flight, result: i32, now: Ticks) -> Step {
+        flight.since = now;
         if matches!(-result, libc::EINTR | libc::EAGAIN) && flight.tries < MAX_TRIES {
             flight.tries += 1;
             return Step::Submit(flight, flight.io);
@@ -250,10 +267,10 @@ impl Driver {
         engine.complete(op.id, outcome);
     }
 
-    fn inflate(&mut self, staged: Staged, source: Compressed) -> Step {
+    fn inflate(&mut self, staged: Staged, source: Compressed, now: Ticks) -> Step {
         let op = staged.op;
         let file = self.files.get(op.file).expect("the caller has looked");
-        match self.pool.get(file, source, op) {
+        match self.pool.get(file, source, op, now) {
             Some(cluster) => ended(staged, deliver(&self.payload, &self.copies, op, cluster)),
             None => Step::Pooled,
         }

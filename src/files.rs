@@ -211,6 +211,17 @@ fn page_aligned(memory: &mut Vec<u8>, len: usize) -> &mut [u8] {
     &mut memory[pad..pad + len]
 }
 
+/// How people call a file.
+pub fn name(file: FileId) -> String {
+    match file {
+        FileId::Image => "the image".to_string(),
+        FileId::Data => "the data file".to_string(),
+        FileId::Backing(number) | FileId::BackingData(number) => {
+            format!("backing file {}", u32::from(number) + 1)
+        }
+    }
+}
+
 /// All files of an image.
 #[derive(Clone, Debug)]
 pub struct Files {

@@ -57,6 +57,11 @@ impl Journal {
         open().with_context(|| format!("reading the journal {}", path.display()))
     }
 
+    /// Records in each segment: what the engine has to be told.
+    pub fn records(&self) -> u32 {
+        self.log.capacity()
+    }
+
     /// Takes over what the engine has recorded. Before this it hands out no operation or reply.
     pub fn follow(&mut self, engine: &mut Engine) {
         while let Some(event) = engine.next_record() {

@@ -1,9 +1,9 @@
 //! What the main thread and the queue threads tell each other.
 //!
-//! To the first queue thread: wishes, with an eventfd that its ring reads. To the main thread:
-//! events of all of them on a channel, with an eventfd that its poll watches, and a report
-//! (counters, health) that the first renews twice a second and on demand. Nothing here is touched
-//! on the path of a guest request.
+//! To each queue thread: a wish, with an eventfd that its ring reads. To the main thread: events of
+//! all of them on a channel, with an eventfd that its poll watches, and reports. Each queue renews
+//! its own twice a second and on demand, the first one that of the engine, too. Nothing here is
+//! touched on the path of a guest request.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -15,21 +15,51 @@ use std::time::Duration;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use qcow2::{Health, Memory, Stats};
 
+use crate::meter::Meter;
+use crate::watch::{Episode, Ticks};
+
 /// What a queue thread tells once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The engine is ready and the fetch commands are on their way.
     Ready,
+    /// From now on the image takes no writes, for this reason. Told once, by the first queue.
+    Failed(String),
     /// The thread has ended: the image is closed, or the reason why it is not.
     Ended(Result<(), String>),
 }
 
 /// A snapshot of the engine.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Report {
     pub stats: Stats,
     pub health: Health,
     pub memory: Memory,
+    /// Clusters that a crash may leave counted and not used.
+    pub leak_bound: u64,
+}
+
+/// A snapshot of one queue.
+#[derive(Clone, Debug, Default)]
+pub struct QueueReport {
+    /// How many reports there were before; 0: none yet.
+    pub renewed: u64,
+    pub meter: Meter,
+    /// Requests that the engine has, and operations that the kernel has.
+    pub requests: usize,
+    pub operations: usize,
+    /// Operations that do not return, at this tick.
+    pub stuck: Vec<Episode>,
+    pub tick: Ticks,
+}
+
+/// All reports there are.
+#[derive(Clone, Debug)]
+pub struct Reports {
+    pub engine: Option<Report>,
+    pub queues: Vec<QueueReport>,
+    /// Queues that did not answer in time; theirs are old.
+    pub silent: Vec<bool>,
 }
 
 /// The end of a queue thread.
@@ -37,6 +67,7 @@ pub struct Report {
 pub struct QueueEnd {
     shared: Arc<Shared>,
     events: Sender<Event>,
+    number: usize,
 }
 
 /// The main thread's end.
@@ -46,33 +77,38 @@ pub struct MainEnd {
 }
 
 struct Shared {
-    to_queue: EventFd,
+    to_queues: Vec<EventFd>,
     to_main: EventFd,
     stop: AtomicBool,
-    /// The last report and how many there were.
-    report: Mutex<(u64, Option<Report>)>,
+    reports: Mutex<(Option<Report>, Vec<QueueReport>)>,
     renewed: Condvar,
 }
 
-/// Both ends.
-pub fn link() -> io::Result<(MainEnd, QueueEnd)> {
-    // The queue's ring waits for its descriptor; the main thread polls first.
+/// Both ends, the latter for the first of so many queues.
+pub fn link(queues: u16) -> io::Result<(MainEnd, QueueEnd)> {
+    // A queue's ring waits for its descriptor; the main thread polls first.
+    let to_queue = |_| Ok(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
     let shared = Arc::new(Shared {
-        to_queue: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
+        to_queues: (0..queues).map(to_queue).collect::<io::Result<_>>()?,
         to_main: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         stop: AtomicBool::new(false),
-        report: Mutex::new((0, None)),
+        reports: Mutex::new((None, vec![QueueReport::default(); queues.into()])),
         renewed: Condvar::new(),
     });
     let (sender, receiver) = channel();
     let main = MainEnd { shared: Arc::clone(&shared), events: receiver };
-    Ok((main, QueueEnd { shared, events: sender }))
+    Ok((main, QueueEnd { shared, events: sender, number: 0 }))
 }
 
 impl QueueEnd {
+    /// The same end for another queue.
+    pub fn of_queue(&self, number: u16) -> Self {
+        Self { number: number.into(), ..self.clone() }
+    }
+
     /// The descriptor to read eight bytes from to be woken.
     pub fn wake_fd(&self) -> RawFd {
-        self.shared.to_queue.as_fd().as_raw_fd()
+        self.shared.to_queues[self.number].as_fd().as_raw_fd()
     }
 
     /// Whether the main thread wants an image closed whose device was never started.
@@ -87,11 +123,14 @@ impl QueueEnd {
         let _ = self.shared.to_main.write(1);
     }
 
-    /// Renews the report.
-    pub fn report(&self, report: Report) {
-        let mut current = self.shared.report.lock().unwrap_or_else(PoisonError::into_inner);
-        *current = (current.0 + 1, Some(report));
-        drop(current);
+    /// Renews the report of this queue, and that of the engine if there is one.
+    pub fn report(&self, engine: Option<Report>, renew: impl FnOnce(&mut QueueReport)) {
+        let mut reports = self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        reports.0 = engine.or(reports.0);
+        let queue = &mut reports.1[self.number];
+        queue.renewed += 1;
+        renew(queue);
+        drop(reports);
         self.shared.renewed.notify_all();
     }
 }
@@ -119,17 +158,23 @@ impl MainEnd {
         self.wake();
     }
 
-    /// A fresh report, or the last one if the queue thread does not answer within `limit`.
-    pub fn fresh_report(&self, limit: Duration) -> Option<Report> {
-        let current = self.shared.report.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = current.0;
+    /// Fresh reports; of queue threads that do not answer within `limit`, the last ones.
+    pub fn fresh_reports(&self, limit: Duration) -> Reports {
+        let reports = self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        let before: Vec<u64> = reports.1.iter().map(|queue| queue.renewed).collect();
+        let silent = |queues: &[QueueReport]| -> Vec<bool> {
+            queues.iter().zip(&before).map(|(queue, before)| queue.renewed == *before).collect()
+        };
         self.wake();
-        let waited = self.shared.renewed.wait_timeout_while(current, limit, |now| now.0 == before);
-        let (current, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        current.1.clone()
+        let waits = |reports: &mut (_, Vec<QueueReport>)| silent(&reports.1).contains(&true);
+        let waited = self.shared.renewed.wait_timeout_while(reports, limit, waits);
+        let (reports, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        Reports { engine: reports.0, queues: reports.1.clone(), silent: silent(&reports.1) }
     }
 
     fn wake(&self) {
-        let _ = self.shared.to_queue.write(1);
+        for queue in &self.shared.to_queues {
+            let _ = queue.write(1);
+        }
     }
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::cli::ListArgs;
 use crate::control::Control;
 use crate::device;
+use crate::figures::Figures;
 use crate::state::{self, State};
 use crate::ublk::{self, DevInfo, Params};
 
@@ -61,6 +62,17 @@ impl Entry {
         Ok(Self { info, params, state, figures })
     }
 
+    /// The live figures as we read them; of none nothing.
+    fn read(&self) -> Figures {
+        let figures = self.figures.clone().map(serde_json::from_value);
+        figures.and_then(Result::ok).unwrap_or_default()
+    }
+
+    fn recovery(&self) -> Option<&'static str> {
+        let recipe = self.state.as_ref()?.recipe.as_ref()?;
+        recipe.recovery.map(device::Recovery::name)
+    }
+
     fn block_size(&self) -> u32 {
         1u32.checked_shl(self.params.basic.logical_bs_shift.into()).unwrap_or(0)
     }
@@ -98,15 +110,20 @@ impl Entry {
         if let Some(state) = &self.state {
             text += &format!(
                 "\ttarget qcow2 version {} cluster size {} image {}{}\n\
-                 \tdata path {} file I/O {} health {}\n",
+                 \tdata path {} queues {} file I/O {} recovery {} health {}\n",
                 state.version,
                 state.cluster_size,
                 plain(&state.image_path),
                 if state.read_only { " (read-only)" } else { "" },
                 state.data_path,
+                info.nr_hw_queues,
                 if state.direct { "direct" } else { "buffered" },
-                self.health(),
+                self.recovery().unwrap_or("none"),
+                plain(self.health()),
             );
+            for stuck in self.read().stuck {
+                text += &format!("\tstuck: {}\n", stuck.text());
+            }
             if let Some(error) = &state.close_error {
                 text += &format!("\tthe image was not closed cleanly: {}\n", plain(error));
             }
@@ -134,7 +151,10 @@ impl Entry {
             "owner_gid": info.owner_gid,
             "target_type": self.state.as_ref().map(|_| "qcow2"),
             "target": self.state,
+            "recovery": self.recovery(),
             "health": self.state.as_ref().map(|_| self.health()),
+            "degraded": self.figures.as_ref().map(|figures| &figures["degraded"]),
+            "stuck": self.figures.as_ref().map(|figures| &figures["stuck"]),
             "stats": self.figures.as_ref().map(|figures| &figures["stats"]),
             "memory": self.figures.as_ref().map(|figures| &figures["memory"]),
         })

@@ -8,10 +8,12 @@
 //!              │  └ notify       │  └ recover, backing, snapshots, bitmaps
 //!              ├ resume (recover,├ device ─ control             ublk's control commands
 //!              │   quiesce)      ├ state, journal, fence        what outlives the server
-//!              ├ del, list       ├ isolate                      own mounts, locked memory
-//!              └ check, info,    └ link ─ queue ─ decode        a thread for each queue: all I/O
-//!                dist              core (the engine)├ driver ─ payload, files
-//!                                  ring, buffer     └ pool ─ inflate  worker threads
+//!              ├ del, list       ├ isolate, log                 own mounts, locked memory
+//!              ├ stats           ├ figures                      what `list` and `stats` show
+//!              │  └ prometheus   └ link ─ queue ─ decode        a thread for each queue: all I/O
+//!              └ check, info,      core (the engine)├ driver ─ payload, files
+//!                dist              ring, buffer     ├ meter, watch   counters, what is stuck
+//!                                                   └ pool ─ inflate  worker threads
 //! ```
 //!
 //! `unsafe` code is in `ring.rs`, `buffer.rs`, `journal.rs` and `sys.rs`, and nowhere else.
@@ -33,6 +35,7 @@ mod dist;
 mod driver;
 mod errno;
 mod fence;
+mod figures;
 mod files;
 mod image_file;
 mod inflate;
@@ -42,10 +45,13 @@ mod journal;
 mod link;
 mod list;
 mod lock;
+mod log;
+mod meter;
 mod notify;
 mod open;
 mod payload;
 mod pool;
+mod prometheus;
 mod queue;
 mod recover;
 mod resume;
@@ -54,8 +60,10 @@ mod server;
 mod signals;
 mod snapshots;
 mod state;
+mod stats;
 mod sys;
 mod ublk;
+mod watch;
 
 use std::env;
 use std::process::ExitCode;
@@ -82,6 +90,7 @@ fn main() -> ExitCode {
         Command::Recover(args) => ("".into(), resume::recover(args).map(|()| 0)),
         Command::Quiesce(args) => ("".into(), resume::quiesce(args).map(|()| 0)),
         Command::List(args) => ("".into(), list::run(args).map(|()| 0)),
+        Command::Stats(args) => ("".into(), stats::run(args).map(|()| 0)),
         Command::Features => ("".into(), list::features().map(|()| 0)),
         Command::Dist(args) => ("".into(), dist::run(args).map(|()| 0)),
         Command::Check(args) => (args.file.to_string_lossy(), check::run(args)),
@@ -97,19 +106,20 @@ fn main() -> ExitCode {
 }
 
 fn add(args: &AddArgs) -> Result<()> {
-    run_server(args.foreground, |reporter| server::serve(args, What::New, reporter))
+    run_server(args.foreground, args.log, |reporter| server::serve(args, What::New, reporter))
 }
 
 /// Runs a server, in a daemon or here.
-pub fn run_server(foreground: bool, serve: impl FnOnce(&mut Reporter) -> Result<()>) -> Result<()> {
+pub fn run_server(
+    foreground: bool,
+    verbosity: Option<log::Verbosity>,
+    serve: impl FnOnce(&mut Reporter) -> Result<()>,
+) -> Result<()> {
     if !foreground {
-        return daemon::launch(serve);
+        return daemon::launch(verbosity, serve);
     }
-    // Only here is there a terminal to log to (RUST_LOG=info); a daemon must not write to a file
-    // that may lie on its own device.
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
-    serve(&mut Reporter::Foreground)
+    log::open(foreground, verbosity);
+    let result = serve(&mut Reporter::Foreground);
+    log::flush();
+    result
 }

@@ -125,6 +125,8 @@ fn open_for(wanted: &Wanted, purpose: Purpose) -> Result<Opened> {
         None => (Engine::new(image, &options)?, None),
         Some(id) => {
             let (journal, records) = Journal::open(id, &file)?;
+            // It goes on with the journal as its predecessor made it.
+            let options = Options { journal: journal.records(), ..options };
             (Engine::recover(image, &options, &records)?, Some(journal))
         }
     };

@@ -17,10 +17,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use lru::LruCache;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use qcow2::{Compressed, FileId, Op};
+use qcow2::{Compressed, FileId, Op, OpKind};
 
-use crate::files::Source;
+use crate::files::{self, Source};
 use crate::inflate::Inflate;
+use crate::watch::Ticks;
 
 /// Inflated clusters that each queue keeps, in bytes: four of the largest.
 const CACHE: usize = 8 << 20;
@@ -73,12 +74,19 @@ impl Workers {
 /// A cluster, or why there is none.
 type Inflated = Result<Box<[u8]>, String>;
 
+/// Operations that wait for a cluster, and since when.
+#[derive(Default)]
+struct Waiting {
+    ops: Vec<Op>,
+    since: Ticks,
+}
+
 /// The end of one queue thread.
 pub struct Pool {
     workers: Workers,
     results: Receiver<(Key, Inflated)>,
     answer: Answer,
-    waiting: HashMap<Key, Vec<Op>>,
+    waiting: HashMap<Key, Waiting>,
     cache: LruCache<Key, Box<[u8]>>,
     cached: usize,
 }
@@ -104,15 +112,16 @@ impl Pool {
     }
 
     /// The inflated cluster `what` of `file` if it is at hand. Otherwise it is sent for, and `op`
-    /// comes back from [`take`](Self::take) with it.
-    pub fn get(&mut self, file: &Source, what: Compressed, op: Op) -> Option<&[u8]> {
+    /// comes back from [`take`](Self::take) with it. `now` is for [`watched`](Self::watched).
+    pub fn get(&mut self, file: &Source, what: Compressed, op: Op, now: Ticks) -> Option<&[u8]> {
         let key = (op.file, what.offset, what.len);
         if self.cache.contains(&key) {
             return self.cache.get(&key).map(AsRef::as_ref);
         }
         let waiting = self.waiting.entry(key).or_default();
-        waiting.push(op);
-        if waiting.len() == 1 {
+        waiting.ops.push(op);
+        if waiting.ops.len() == 1 {
+            waiting.since = now;
             let answer = self.answer.clone();
             let sent = self.workers.0.send(Job { key, file: file.clone(), what, answer });
             sent.expect("workers live as long as this");
@@ -126,15 +135,24 @@ impl Pool {
             let waiting = self.waiting.remove(&key).unwrap_or_default();
             if let Err(why) = &result {
                 let (file, offset, _) = key;
-                tracing::error!("the compressed cluster at byte {offset} of {}: {why}", name(file));
+                tracing::error!(
+                    "the compressed cluster at byte {offset} of {}: {why}",
+                    files::name(file)
+                );
             }
-            for op in waiting {
+            for op in waiting.ops {
                 each(op, result.as_deref().ok());
             }
             if let Ok(cluster) = result {
                 self.keep(key, cluster);
             }
         }
+    }
+
+    /// What waits for a cluster: for the watch, one operation for each.
+    pub fn watched(&self) -> impl Iterator<Item = (FileId, OpKind, Ticks)> {
+        let first = |one: &Waiting| Some((one.ops.first()?.file, one.ops.first()?.kind, one.since));
+        self.waiting.values().filter_map(first)
     }
 
     fn keep(&mut self, key: Key, cluster: Box<[u8]>) {
@@ -144,17 +162,6 @@ impl Pool {
         while self.cached > CACHE {
             let Some((_, oldest)) = self.cache.pop_lru() else { break };
             self.cached -= oldest.len();
-        }
-    }
-}
-
-/// How people call a file.
-fn name(file: FileId) -> String {
-    match file {
-        FileId::Image => "the image".to_string(),
-        FileId::Data => "the data file".to_string(),
-        FileId::Backing(number) | FileId::BackingData(number) => {
-            format!("backing file {}", u32::from(number) + 1)
         }
     }
 }
@@ -193,7 +200,7 @@ fn one(inflate: &mut Inflate, memory: &mut Vec<u8>, file: &Source, what: Compres
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qcow2::{Compression, OpId, OpKind};
+    use qcow2::{Compression, OpId};
     use std::os::unix::fs::FileExt;
 
     fn source(bytes: &[u8]) -> Source {
@@ -229,14 +236,14 @@ mod tests {
         let bad = Compressed { offset: 0, len: 512, method, cluster_bits };
         let mut pool = Pool::new(&Workers::new().unwrap()).unwrap();
         for id in 0..3 {
-            assert!(pool.get(&file, good, op(id, good)).is_none());
+            assert!(pool.get(&file, good, op(id, good), 0).is_none());
         }
-        assert!(pool.get(&file, bad, op(3, bad)).is_none());
+        assert!(pool.get(&file, bad, op(3, bad), 0).is_none());
         let whole = Some(content.clone());
         let expected = [(0, whole.clone()), (1, whole.clone()), (2, whole), (3, None)];
         assert_eq!(wait(&mut pool), expected);
-        assert_eq!(pool.get(&file, good, op(4, good)), Some(&content[..]));
-        assert!(pool.get(&file, bad, op(5, bad)).is_none(), "what failed is tried again");
+        assert_eq!(pool.get(&file, good, op(4, good), 0), Some(&content[..]));
+        assert!(pool.get(&file, bad, op(5, bad), 0).is_none(), "what failed is tried again");
         assert_eq!(wait(&mut pool), [(5, None)]);
     }
 

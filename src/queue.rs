@@ -11,12 +11,14 @@
 //! no request can come any more, and the engine is closed. So the loop ends the same way whoever
 //! stopped the device: our own main thread, `del`, or another tool.
 //!
-//! The first queue also keeps the engine's time, and answers the main thread.
+//! The first queue also keeps the engine's time. Each has a timer, on which it looks for operations
+//! that do not return (`watch.rs`) and reports to the main thread; it does that on demand, too.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use qcow2::{Engine, Health, Reply, Request};
@@ -28,10 +30,12 @@ use crate::driver::{Common, Driver, Ended, Flight, Staged, Step};
 use crate::errno;
 use crate::fence::Fence;
 use crate::link::{Event, QueueEnd, Report};
+use crate::meter::{Arrived, Meter};
 use crate::payload::{DataPath, Payload};
 use crate::ring::{Io, MAX_ENTRIES, Ring};
 use crate::sys;
 use crate::ublk;
+use crate::watch::Watch;
 
 /// What every queue thread is given.
 #[derive(Clone)]
@@ -65,7 +69,7 @@ enum Tag {
     /// With the kernel.
     Fetching,
     /// With the engine; the reply of success is this number. A read's payload leaves with it.
-    Busy { success: i32, read: bool },
+    Busy { success: i32, read: bool, arrived: Arrived },
 }
 
 /// Poking of another queue.
@@ -103,6 +107,10 @@ struct Queue {
     max_flights: usize,
     pokes: Vec<Poke>,
     seen: Seen,
+    meter: Meter,
+    watch: Watch,
+    /// The present turn has begun: the time at which what it found arrived.
+    begun: Instant,
     /// For the engine: it is time; the main thread waits for figures; what has come.
     tick: bool,
     report: bool,
@@ -122,6 +130,7 @@ pub fn run(setup: Setup, number: u16, cpus: &[usize], link: QueueEnd) {
     // A matter of speed alone.
     let _ = sys::run_on(cpus);
     let core = Arc::clone(&setup.core);
+    let link = link.of_queue(number);
     let result = Queue::new(setup, number, link.clone()).and_then(|mut queue| {
         core.register(number, Some(queue.ring.fd()));
         let result = queue.serve();
@@ -175,6 +184,9 @@ impl Queue {
             max_flights: flights,
             pokes: vec![Poke::default(); queues.into()],
             seen: Seen { ready: false, closed: false, health: Health::Good },
+            meter: Meter::default(),
+            watch: Watch::new(),
+            begun: Instant::now(),
             tick: false,
             report: true,
             requests: Vec::with_capacity(tags),
@@ -188,9 +200,9 @@ impl Queue {
 
     fn serve(&mut self) -> Result<()> {
         self.push_inflated();
+        self.push_wake();
+        self.ring.push(Token::Timer, Io::Timer);
         if self.is_first() {
-            self.ring.push(Token::Timer, Io::Timer);
-            self.push_wake();
             self.open()?;
         }
         for tag in 0..self.depth() {
@@ -250,20 +262,21 @@ impl Queue {
         }
         let mut done = std::mem::take(&mut self.done);
         let turned = self.ring.turn(&mut done).context("io_uring_enter");
+        self.begun = Instant::now();
+        self.meter.turns += 1;
         if *turned.as_ref().unwrap_or(&false) {
             self.core.woken(self.number);
         }
         for (token, code) in done.drain(..) {
             match token {
                 Token::File(flight) => {
-                    let step = self.driver.next(flight, code);
+                    let step = self.driver.next(flight, code, self.watch.now());
                     self.apply(step, 0);
                 }
                 Token::Fetch(tag) => self.fetched(tag, code)?,
                 Token::Poke(queue) => self.poked(queue, code),
                 Token::Timer => {
-                    (self.tick, self.report) = (true, true);
-                    self.ring.push(Token::Timer, Io::Timer);
+                    self.timer();
                 }
                 Token::Wake => {
                     self.report = true;
@@ -289,7 +302,7 @@ impl Queue {
             self.exchange();
             let mut staged = std::mem::take(&mut self.staged);
             for staged in staged.drain(..) {
-                let step = self.driver.start(staged);
+                let step = self.driver.start(staged, self.watch.now());
                 self.apply(step, 1);
             }
             self.staged = staged;
@@ -309,7 +322,7 @@ impl Queue {
         let core = Arc::clone(&self.core);
         let mut locked = core.lock();
         let engine = &mut locked.engine;
-        if std::mem::take(&mut self.tick) {
+        if std::mem::take(&mut self.tick) && self.is_first() {
             engine.tick(core.now());
         }
         for ended in self.ended.drain(..) {
@@ -331,17 +344,48 @@ impl Queue {
         while let Some(incident) = engine.next_incident() {
             tracing::error!("{incident}");
         }
+        if self.is_first()
+            && let (Health::Good, Health::Failed(failure)) = (self.seen.health, engine.health())
+        {
+            self.link.tell(Event::Failed(failure.to_string()));
+        }
         self.seen =
             Seen { ready: engine.is_ready(), closed: engine.is_closed(), health: engine.health() };
-        if self.is_first() && std::mem::take(&mut self.report) {
-            self.link.report(report(engine));
-        }
+        let report = (self.report && self.is_first()).then(|| report(engine));
         for queue in 0..core.queues() {
             let wanted = self.seen.closed || engine.has_something_for(queue);
             if wanted && queue != self.number {
                 self.poke(queue);
             }
         }
+        drop(locked);
+        if std::mem::take(&mut self.report) {
+            self.tell(report);
+        }
+    }
+
+    /// Another tick has passed.
+    fn timer(&mut self) {
+        (self.tick, self.report) = (true, true);
+        let flights = self.ring.in_flight().filter_map(|token| match token {
+            Token::File(flight) => Some(flight.watched()),
+            _ => None,
+        });
+        self.watch.tick(flights.chain(self.driver.watched()));
+        self.ring.push(Token::Timer, Io::Timer);
+    }
+
+    /// Tells the main thread where things are.
+    fn tell(&self, engine: Option<Report>) {
+        self.link.report(engine, |report| {
+            report.meter = self.meter;
+            let busy = |tag: &&Tag| matches!(tag, Tag::Busy { .. });
+            report.requests = self.tags.iter().filter(busy).count();
+            report.operations = self.flights;
+            report.tick = self.watch.now();
+            report.stuck.clear();
+            report.stuck.extend_from_slice(self.watch.episodes());
+        });
     }
 
     fn poke(&mut self, queue: u16) {
@@ -372,6 +416,7 @@ impl Queue {
         match step {
             Step::Submit(flight, io) => {
                 self.flights += new;
+                self.meter.operations += 1;
                 self.ring.push(Token::File(flight), io);
             }
             Step::Pooled => self.flights += new,
@@ -395,7 +440,10 @@ impl Queue {
         let desc: ublk::IoDesc = self.descriptors.read(index * size_of::<ublk::IoDesc>());
         match self.accept(tag, &desc) {
             Ok(request) => self.requests.push((tag, request)),
-            Err(errno) => self.commit(tag, -errno),
+            Err(errno) => {
+                self.meter.refused += 1;
+                self.commit(tag, -errno);
+            }
         }
         Ok(())
     }
@@ -407,13 +455,14 @@ impl Queue {
             moved("fetching", tag, self.driver.payload().arrived(tag, len))?;
         }
         let read = matches!(request, Request::Read { .. });
-        self.tags[usize::from(tag)] = Tag::Busy { success, read };
+        let arrived = Arrived::new(request, self.begun);
+        self.tags[usize::from(tag)] = Tag::Busy { success, read, arrived };
         Ok(request)
     }
 
     fn reply(&mut self, reply: Reply) {
         let tag = reply.tag;
-        let Tag::Busy { success, read } = self.tags[usize::from(tag)] else {
+        let Tag::Busy { success, read, arrived } = self.tags[usize::from(tag)] else {
             panic!("the engine replies once to each request");
         };
         let mut result = reply.result.map_or_else(|kind| -errno::errno_of(kind), |()| success);
@@ -421,6 +470,7 @@ impl Queue {
             let left = moved("handing over", tag, self.driver.payload().leaves(tag, len));
             result = left.map_or_else(|errno| -errno, |()| success);
         }
+        self.meter.replied(arrived, result >= 0);
         self.commit(tag, result);
     }
 
@@ -452,7 +502,12 @@ fn wake_read(fd: RawFd, area: &Area) -> Io {
 }
 
 fn report(engine: &Engine) -> Report {
-    Report { stats: engine.stats(), health: engine.health(), memory: engine.memory() }
+    Report {
+        stats: engine.stats(),
+        health: engine.health(),
+        memory: engine.memory(),
+        leak_bound: engine.leak_bound(),
+    }
 }
 
 /// The error to reply with where the payload of a request could not be copied.

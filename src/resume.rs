@@ -27,10 +27,21 @@ pub fn recover(args: &RecoverArgs) -> Result<()> {
     control.features()?;
     let (info, state, recipe) = find(&mut control, args.number)?;
     let info = without_server(&mut control, info, &state)?;
+    if let Some(text) = &state.failed {
+        // A sync that has failed may seem to succeed when it is tried again.
+        bail!(
+            "device {0}: the image {1} had failed before its server died ({text}), so what was \
+             acknowledged may be lost; `ublk-qcow2 del -n {0} --force` removes the device, then \
+             look at the image with `ublk-qcow2 check`",
+            args.number,
+            state.image_path
+        );
+    }
     drop(control);
     let image = state.image_path.clone();
     let what = What::Old { info, state: Box::new(state) };
-    crate::run_server(args.foreground, |reporter| server::serve(&recipe, what, reporter))
+    let verbosity = args.log.or(recipe.log);
+    crate::run_server(args.foreground, verbosity, |reporter| server::serve(&recipe, what, reporter))
         .with_context(|| format!("device {}, image {image}", args.number))
 }
 

@@ -144,6 +144,11 @@ impl<T> Ring<T> {
         Ok(poked)
     }
 
+    /// Whose operations are in flight.
+    pub fn in_flight(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().flatten()
+    }
+
     /// Submits what was pushed and waits for nothing.
     pub fn submit(&mut self) -> io::Result<()> {
         self.ring.submit().map(drop)

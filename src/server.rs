@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use qcow2::{Discards, Health, Options};
-use serde_json::json;
+use qcow2::{Discards, Options};
 
 use crate::cli::{AddArgs, Discard};
 use crate::control::Control;
@@ -23,10 +22,12 @@ use crate::decode::Limits;
 use crate::device::{self, Device};
 use crate::driver::Common;
 use crate::fence::Fence;
+use crate::figures::Figures;
 use crate::files::Files;
 use crate::isolate;
 use crate::journal::{self, Journal};
 use crate::link::{self, Event, MainEnd};
+use crate::log;
 use crate::open::{self, Mode, Opened};
 use crate::queue;
 use crate::signals::Signals;
@@ -36,9 +37,6 @@ use crate::ublk::{self, DevInfo};
 
 /// How long requests may take to end, and then the image to close.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
-
-/// How long the queue thread may take to give fresh figures.
-const REPORT_LIMIT: Duration = Duration::from_millis(500);
 
 /// What to serve.
 pub enum What {
@@ -85,6 +83,7 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         }
         What::Old { info, state } => (Device::resume(info, wanted)?, Some(*state)),
     };
+    log::name_device(device.id());
     let mut state = describe(args, &opened, &device)?;
     if let Some(before) = &before {
         state.added_by = before.added_by;
@@ -110,6 +109,7 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
     // Nothing outside the folder of states and /dev is opened from here on.
     let result = isolate::leave_mounts()
         .context("making a mount namespace of its own")
+        .and_then(|()| log::start())
         .and_then(|()| server.run(opened, reporter));
     server.leave(&result);
     result
@@ -203,6 +203,7 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<State> {
         trusted: args.trust_content,
         data_path: device.path.name().to_string(),
         close_error: None,
+        failed: None,
         recipe,
         handed_over: false,
     })
@@ -256,6 +257,7 @@ impl Server {
         let listener = state::listen(self.device.id())?;
         for note in &self.notes {
             eprintln!("ublk-qcow2: {}", crate::list::plain(note));
+            tracing::info!("{note}");
         }
         let ready = reporter.ready(&path);
         if ready.is_err() {
@@ -268,7 +270,7 @@ impl Server {
 
     /// Starts the first queue's thread, and when the image is ready, those of the others.
     fn start_queues(&mut self, opened: Opened) -> Result<()> {
-        let (main, end) = link::link().context("eventfd")?;
+        let (main, end) = link::link(self.device.queues()).context("eventfd")?;
         let copies = opened.engine.copy_buffers();
         let recovers = self.state.recipe.is_some() && !self.state.read_only;
         let journal = match opened.journal {
@@ -313,6 +315,7 @@ impl Server {
             match main.wait_event(Duration::from_millis(100)) {
                 Some(Event::Ready) => return Ok(()),
                 Some(Event::Ended(Err(text))) => return Err(anyhow!(text)),
+                Some(Event::Failed(text)) => bail!("{text}"),
                 Some(Event::Ended(Ok(()))) => bail!("the queue ended before it began"),
                 None if Instant::now() < deadline => {}
                 None => bail!("the image's first fdatasync did not end in time"),
@@ -338,15 +341,24 @@ impl Server {
                 Err(error) => return Err(error).context("poll"),
             }
             while let Some(event) = main.event() {
-                let Event::Ended(result) = event else { continue };
-                reporter.stopping();
-                result.map_err(|text| anyhow!(text))?;
-                self.running -= 1;
+                match event {
+                    Event::Ready => {}
+                    Event::Failed(text) => {
+                        // A successor must not take what was acknowledged for being there.
+                        self.state.failed = Some(text);
+                        self.state.store()?;
+                    }
+                    Event::Ended(result) => {
+                        reporter.stopping();
+                        result.map_err(|text| anyhow!(text))?;
+                        self.running -= 1;
+                    }
+                }
             }
             if self.running == 0 {
                 return Ok(());
             }
-            state::answer(listener, || figures(main));
+            state::answer(listener, || Figures::of(main));
             if self.signals.came() {
                 reporter.stopping();
                 return self.stop();
@@ -372,7 +384,7 @@ impl Server {
                     result.map_err(|text| anyhow!(text))?;
                     self.running -= 1;
                 }
-                Some(Event::Ready) => {}
+                Some(Event::Ready | Event::Failed(_)) => {}
                 None => bail!("the image was not closed within {} s", STOP_LIMIT.as_secs()),
             }
         }
@@ -422,35 +434,4 @@ impl Server {
         }
         self.device.delete(&mut self.control);
     }
-}
-
-/// What `list` shows of a running engine.
-fn figures(main: &MainEnd) -> serde_json::Value {
-    let Some(report) = main.fresh_report(REPORT_LIMIT) else { return json!({}) };
-    let health = match report.health {
-        Health::Good => "good".to_string(),
-        Health::Failed(failure) => format!("failed: {failure}"),
-    };
-    let stats = report.stats;
-    json!({
-        "health": health,
-        "memory": { "caches": report.memory.caches, "tables": report.memory.tables },
-        "stats": {
-            "reads": stats.reads,
-            "writes": stats.writes,
-            "zeroes": stats.zeroes,
-            "flushes": stats.flushes,
-            "fua_writes": stats.fua_writes,
-            "syncs": stats.syncs,
-            "allocated_data": stats.allocated_data,
-            "allocated_metadata": stats.allocated_metadata,
-            "cache_misses": stats.cache_misses,
-            "metadata_reads": stats.metadata_reads,
-            "metadata_writes": stats.metadata_writes,
-            "errors": stats.errors,
-            "reserved": stats.reserved,
-            "quarantined": stats.quarantined,
-            "overlay": stats.overlay,
-        },
-    })
 }

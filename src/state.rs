@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::AddArgs;
 use crate::device;
+use crate::figures::Figures;
 use crate::ublk::DevInfo;
 
 /// The folder.
@@ -54,6 +55,9 @@ pub struct State {
     pub data_path: String,
     /// Why closing the image failed.
     pub close_error: Option<String>,
+    /// Why the image takes no writes any more, since when its server ran.
+    #[serde(default)]
+    pub failed: Option<String>,
     /// How to serve it again, for a device that outlives its server.
     pub recipe: Option<AddArgs>,
     /// The server has closed the image and ended, and the device waits for another.
@@ -157,12 +161,13 @@ pub fn listen(id: u32) -> Result<UnixListener> {
 }
 
 /// Answers everybody who is waiting.
-pub fn answer(listener: &UnixListener, figures: impl Fn() -> serde_json::Value) {
+pub fn answer(listener: &UnixListener, figures: impl Fn() -> Figures) {
     while let Ok((mut stream, _)) = listener.accept() {
         // The text is smaller than a socket's buffer, so this does not wait; a client that is
         // gone is its own concern.
         let _ = stream.set_nonblocking(true);
-        let _ = stream.write_all(figures().to_string().as_bytes());
+        let text = serde_json::to_vec(&figures()).unwrap_or_default();
+        let _ = stream.write_all(&text);
     }
 }
 

@@ -171,7 +171,9 @@ fn without_the_driver_a_good_image_is_refused_with_the_module_to_load() {
         let error = folder.refusal(&good, more);
         assert!(error.contains("modprobe ublk_drv") && error.contains("CONFIG_BLK_DEV_UBLK"));
     }
-    for arguments in [&["list"][..], &["features"], &["del", "-n", "0"], &["del", "-a"]] {
+    for arguments in
+        [&["list"][..], &["features"], &["del", "-n", "0"], &["del", "-a"], &["stats", "-n", "0"]]
+    {
         let error = failure(&run(arguments));
         assert!(error.contains("modprobe ublk_drv"), "{error}");
     }
@@ -266,6 +268,11 @@ fn wrong_options_end_with_a_usage_line() {
         &["add", "-f", "x", "--lock", "maybe"],
         &["del"],
         &["del", "-n", "0", "-a"],
+        &["stats"],
+        &["stats", "-n", "many"],
+        &["stats", "-n", "0", "--json", "--prometheus"],
+        &["stats", "-n", "0", "--watch", "--json"],
+        &["add", "-f", "x", "--log", "loud"],
         &["frobnicate"],
     ] {
         let output = run(arguments);
@@ -283,4 +290,7 @@ fn the_help_has_units_and_examples() {
     let output = run(&["del", "--help"]);
     let help = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(help.contains("between is not seen"), "the race of old kernels is told: {help}");
+    let output = run(&["stats", "--help"]);
+    let help = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(help.contains("latency_limits_us"), "the fields of the JSON are told: {help}");
 }

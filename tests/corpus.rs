@@ -209,7 +209,7 @@ fn a_backing_file_elsewhere_is_opened_only_with_permission() {
     bytes[16..20].copy_from_slice(&u32::try_from(name.len()).unwrap().to_be_bytes());
     let copy = Copy::with(&fixture, bytes);
     for command in commands() {
-        assert_eq!(copy.opened(command), [copy.path.clone()], "{command:?}");
+        assert_eq!(copy.opened(command), std::slice::from_ref(&copy.path), "{command:?}");
     }
     if Path::new("/dev/ublk-control").exists() {
         return;

@@ -7,7 +7,9 @@ use qcow2::testing::explore::{self, Config};
 use qcow2::testing::{faults, workload};
 
 const USAGE: &str = "usage: explore [--seed S] [--states N] [--workload W] [--minutes M]
-               [--threads T] [--faults RUNS] | --replay PATH";
+               [--threads T] [--faults RUNS] [--kills] | --replay PATH
+
+--kills: with the journal of recovery; the process is killed often. A workload W with it is W+kill.";
 
 struct Arguments {
     config: Config,
@@ -20,6 +22,10 @@ fn parse() -> Option<Arguments> {
     let (mut faults, mut replay) = (0, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
+        if name == "--kills" {
+            config.kills = true;
+            continue;
+        }
         let value = arguments.next()?;
         match name.as_str() {
             "--seed" => config.seed = value.parse().ok()?,
@@ -66,7 +72,8 @@ fn main() -> ExitCode {
     let mut report = explore::explore(&config);
     let mut fault_runs = 0;
     if report.violation.is_none() && faults != 0 {
-        let found = faults::explore(config.seed, faults, config.threads);
+        let explore = if config.kills { faults::explore_kills } else { faults::explore };
+        let found = explore(config.seed, faults, config.threads);
         fault_runs = found.runs;
         report.violation = found.violation;
     }

@@ -129,10 +129,27 @@ fn pointer_of(image: &Image, record: Record) -> Result<Option<Pointer>, &'static
 }
 
 impl Engine {
+    /// As [`new`](Engine::new), for the successor of a process that was killed while the device
+    /// lived on: `records` is what [`Log::open`](crate::Log::open) has found in its journal, which
+    /// is not to be touched before [`next_record`](Engine::next_record) says `Clear`. The image is
+    /// ready when all that the predecessor acknowledged is durable. Pump until it is, or
+    /// [`health`](Engine::health) has failed: then the journal has to be kept.
+    ///
+    /// # Errors
+    /// As with [`new`](Engine::new); records that the image cannot have. (That their clusters are
+    /// counted is looked up while opening, before anything is written, and ends in `Failed`.)
+    pub fn recover(image: Image, options: &Options, records: &[Record]) -> Result<Self, OpenError> {
+        let adoption = Adoption::new(&image, options, records)?;
+        let mut engine = Self::build(image, options)?;
+        engine.adoption = Some(adoption);
+        engine.advance_adoption();
+        Ok(engine)
+    }
+
     /// Adopts as much as can be.
     pub(crate) fn advance_adoption(&mut self) {
         while let Some(adoption) = &self.adoption {
-            if self.failed.is_some() {
+            if self.failed.is_some() || self.has_no_cluster_for(adoption.wait) {
                 return;
             }
             let next = adoption.records.get(adoption.done).copied();
@@ -204,6 +221,13 @@ impl Engine {
         if wait != Wait::Nothing && matches(wait) {
             self.fail_adoption(kind);
         }
+    }
+
+    /// Asking for a cluster again would be to try again what has just failed. Whether there may be
+    /// one is decided where that is seen (`check_starved`).
+    fn has_no_cluster_for(&self, wait: Wait) -> bool {
+        let none = self.allocator.error.is_some() && self.allocator.reserved() == 0;
+        wait == Wait::Reserve && none
     }
 
     pub(crate) fn adoption_waits_for(&self, wait: Wait) -> bool {

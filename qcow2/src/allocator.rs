@@ -53,9 +53,9 @@ pub(crate) struct Allocated {
 
 /// Clusters on their way into the pool.
 #[derive(Clone, Copy, Debug)]
-struct Pending {
-    start: u64,
-    count: u64,
+pub(crate) struct Pending {
+    pub(crate) start: u64,
+    pub(crate) count: u64,
     space: Space,
     /// The round whose first fdatasync makes them durable; `None` while they are being zeroed.
     round: Option<u64>,
@@ -75,11 +75,11 @@ pub(crate) struct NewBlock {
 /// Reservation and the search for free clusters.
 #[derive(Clone, Debug)]
 pub(crate) struct Allocator {
-    zero: VecDeque<(u64, u64)>,
-    stale: VecDeque<(u64, u64)>,
-    pool: u64,
-    pending: Vec<Pending>,
-    pending_clusters: u64,
+    pub(crate) zero: VecDeque<(u64, u64)>,
+    pub(crate) stale: VecDeque<(u64, u64)>,
+    pub(crate) pool: u64,
+    pub(crate) pending: Vec<Pending>,
+    pub(crate) pending_clusters: u64,
     pub(crate) new_blocks: Vec<NewBlock>,
     /// On a block device: this cluster was zeroed to become one.
     pub(crate) zeroed_block: Option<u64>,
@@ -102,6 +102,15 @@ pub(crate) struct Allocator {
     pub(crate) must_grow: bool,
     /// Reserve no more: the image is being closed.
     pub(crate) stopped: bool,
+}
+
+/// What looking for free clusters inside the file came to.
+enum Recycled {
+    Some,
+    /// None that can be had now: fresh ones serve.
+    Nothing,
+    /// There are some, and they can be had when an operation under way has ended.
+    Later,
 }
 
 /// Where the refcount of a cluster is kept.
@@ -127,13 +136,15 @@ impl Allocator {
     /// For a file that ends within or before cluster `end`, to keep `target` clusters in reserve.
     /// With `writes_zeros` the first of them are written: see `decide_how_to_zero`.
     pub(crate) fn new(end: u64, target: u64, writes_zeros: bool) -> Self {
+        // As many runs as clusters at the worst.
+        let runs = usize::try_from(target).expect("bytes in memory are more") + MAX_PENDING;
         Self {
-            zero: VecDeque::with_capacity(MAX_PENDING),
-            stale: VecDeque::with_capacity(MAX_PENDING),
+            zero: VecDeque::with_capacity(runs),
+            stale: VecDeque::with_capacity(runs),
             pool: 0,
             pending: Vec::with_capacity(MAX_PENDING),
             pending_clusters: 0,
-            new_blocks: Vec::new(),
+            new_blocks: Vec::with_capacity(MAX_PENDING),
             zeroed_block: None,
             target,
             wanted: false,
@@ -287,15 +298,18 @@ impl Engine {
             && self.allocator.pending.len() < MAX_PENDING
         {
             let want = self.allocator.target - self.allocator.reserved();
-            if !self.recycle(want) && !self.reserve_fresh(want) {
-                return false;
+            match self.recycle(want) {
+                Recycled::Some => {}
+                Recycled::Later => return false,
+                Recycled::Nothing if self.reserve_fresh(want) => {}
+                Recycled::Nothing => return false,
             }
         }
         self.allocator.reserved() >= self.allocator.target
     }
 
-    /// Reserves free clusters inside the file. False: look for fresh ones.
-    fn recycle(&mut self, want: u64) -> bool {
+    /// Reserves free clusters inside the file.
+    fn recycle(&mut self, want: u64) -> Recycled {
         let per_page = 1_u64 << self.geometry().refcount_page_bits();
         while self.allocator.scan < self.allocator.scan_end {
             let start = self.allocator.scan;
@@ -305,7 +319,7 @@ impl Engine {
                 continue;
             };
             // A page that has to be read holds up nobody: fresh clusters serve meanwhile.
-            let Ok(slot) = self.refcount_page(page) else { return false };
+            let Ok(slot) = self.refcount_page(page) else { return Recycled::Nothing };
             let index = |cluster: u64| first + usize::try_from(cluster - start).expect("in page");
             let free = |engine: &Self, cluster: u64| {
                 engine.refcount_cache.refcount(slot, index(cluster)) == 0
@@ -317,7 +331,9 @@ impl Engine {
                 continue;
             };
             if !self.ops.has_room() {
-                return false;
+                // There is one when an operation has ended. Were the file made longer meanwhile, it
+                // would grow for ever where discards and writes go on.
+                return Recycled::Later;
             }
             let most = end.min(at + want);
             let count = (at..most).take_while(|&cluster| free(self, cluster)).count() as u64;
@@ -326,7 +342,7 @@ impl Engine {
             mark!("reserve.recycled");
             if planted::is(Bug::FreeAtOpenIsZero) {
                 self.push_pending(at, count, Space::Zero, Some(self.next_round()));
-                return true;
+                return Recycled::Some;
             }
             if planted::is(Bug::PunchNotDurable) {
                 self.push_pending(at, count, Space::Zero, Some(self.next_round()));
@@ -334,9 +350,9 @@ impl Engine {
                 self.push_pending(at, count, Space::Stale, None);
             }
             self.zero_reserved(at, count);
-            return true;
+            return Recycled::Some;
         }
-        false
+        Recycled::Nothing
     }
 
     fn zero_reserved(&mut self, at: u64, count: u64) {
@@ -461,7 +477,10 @@ impl Engine {
     /// The refcount page, ready to be changed; if it is not, that is being seen to.
     pub(crate) fn refcount_page(&mut self, page: u64) -> Step<SlotId> {
         match self.refcount_cache.lookup(page) {
-            Lookup::Hit(slot) if self.refcount_cache.may_dirty(slot) => Ok(slot),
+            Lookup::Hit(slot) if self.refcount_cache.may_dirty(slot) => {
+                self.stats.refcount_hits += 1;
+                Ok(slot)
+            }
             Lookup::Hit(_) => {
                 self.round.wanted = true;
                 Err(Stop::Wait(Wait::Slot(Which::Refcounts)))
@@ -572,23 +591,6 @@ impl Engine {
         }
         if self.allocator.pool != 0 {
             self.wake(|wait| wait == Wait::Reserve);
-        }
-    }
-
-    /// Gives the reservation back: the refcounts go down, and the end of the file with them.
-    pub(crate) fn return_reserve(&mut self) {
-        self.allocator.stopped = true;
-        let pool: Vec<_> =
-            self.allocator.zero.drain(..).chain(self.allocator.stale.drain(..)).collect();
-        let pending = self.allocator.pending.drain(..).map(|p| (p.start, p.count));
-        let mut all: Vec<_> = pool.into_iter().chain(pending).collect();
-        (self.allocator.pool, self.allocator.pending_clusters) = (0, 0);
-        all.sort_unstable();
-        for (start, count) in all.into_iter().rev() {
-            if start + count == self.allocator.next_fresh {
-                self.allocator.next_fresh = start;
-            }
-            self.quarantine.lower_only(start, count);
         }
     }
 }

@@ -89,6 +89,8 @@ impl Engine {
     pub(crate) fn copy(&mut self, who: For, to: u64, len: u64) {
         if let For::Request(request, _) = who {
             self.requests[request].pending += 1;
+            self.stats.copies += 1;
+            self.stats.copied_bytes += len;
         }
         let (cursor, state, wait) = (Cursor::START, State::Filling, Wait::Nothing);
         self.copies.waiting.push_back(Job {

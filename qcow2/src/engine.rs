@@ -26,7 +26,6 @@ use crate::flush::Round;
 use crate::geometry::Geometry;
 use crate::header::Header;
 use crate::image::Image;
-use crate::journal::Record;
 use crate::layer::Layer;
 use crate::life::{Life, MAX_INCIDENTS, Mark};
 use crate::mark;
@@ -112,24 +111,8 @@ impl Engine {
         Ok(engine)
     }
 
-    /// The same as the successor of a process that was killed while the device lived on: `records`
-    /// is what [`Log::open`](crate::Log::open) has found in its journal, which is not to be touched
-    /// before [`next_record`](Engine::next_record) says `Clear`. The image is ready when all that
-    /// the predecessor acknowledged is durable. Pump until it is, or [`health`](Engine::health) has
-    /// failed: then the journal has to be kept.
-    ///
-    /// # Errors
-    /// As with [`new`](Engine::new); records that the image cannot have. (That their clusters are
-    /// counted is looked up while opening, before anything is written, and ends in `Failed`.)
-    pub fn recover(image: Image, options: &Options, records: &[Record]) -> Result<Self, OpenError> {
-        let adoption = Adoption::new(&image, options, records)?;
-        let mut engine = Self::build(image, options)?;
-        engine.adoption = Some(adoption);
-        engine.advance_adoption();
-        Ok(engine)
-    }
-
-    fn build(image: Image, options: &Options) -> Result<Self, OpenError> {
+    /// An engine for which nothing was sent off yet.
+    pub(crate) fn build(image: Image, options: &Options) -> Result<Self, OpenError> {
         let geometry = image.decoder.geometry;
         options.validate(geometry.cluster_size())?;
         image.check_files()?;
@@ -141,8 +124,9 @@ impl Engine {
         let metadata_end = first_fresh(&image, options);
         let per_queue = count / usize::from(options.queues);
         let ops = OpTable::new(count, staging, copy_buffers, geometry);
-        let out = vec![VecDeque::with_capacity(ops.capacity()); options.queues.into()];
-        let replies = vec![VecDeque::with_capacity(per_queue); options.queues.into()];
+        // Each made on its own: a clone of an empty queue has no room.
+        let out = (0..options.queues).map(|_| VecDeque::with_capacity(ops.capacity())).collect();
+        let replies = (0..options.queues).map(|_| VecDeque::with_capacity(per_queue)).collect();
         let mut engine = Self {
             decoder: image.decoder,
             virtual_size: image.virtual_size(),
@@ -187,25 +171,6 @@ impl Engine {
         };
         engine.round.reserve(overlay);
         Ok(engine)
-    }
-
-    /// A writable image begins with its first bytes, if they change, and an fdatasync.
-    pub(crate) fn begin_open(&mut self) {
-        if planted::is(Bug::OpenWithoutSync) {
-            (self.life, self.epochs) = (Life::Serving, Epochs::new(false));
-            return;
-        }
-        if self.options.read_only {
-            return;
-        }
-        if self.header.rewrite {
-            let len = self.options.alignment as usize;
-            let id = self.emit_meta_write(Owner::FirstHeader, 0, len);
-            let bytes = self.header.first_bytes(len);
-            self.ops.staging_mut(id)[..len].copy_from_slice(bytes);
-        } else {
-            self.emit_sync(Owner::FirstSync);
-        }
     }
 
     // ---- events ----

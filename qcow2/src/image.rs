@@ -52,7 +52,8 @@ impl Image {
         let l1 = Table::parse(l1, header.l1_extent(), page_bits);
         let refcounts = Table::parse(refcount_table, header.refcount_table_extent(), page_bits);
         let used = |words: &[u64]| words.iter().filter(|&&word| word != 0).count();
-        let mut metadata = MetaSet::new(used(l1.words()) + used(refcounts.words()));
+        let now = used(l1.words()) + used(refcounts.words());
+        let mut metadata = MetaSet::new(now.max(expected_tables(&header, l1.len())));
         let tables =
             [(Fixed::L1, "L1 table", &l1), (Fixed::RefcountTable, "refcount table", &refcounts)];
         for (which, what, table) in tables {
@@ -162,6 +163,18 @@ impl Image {
         let geometry = self.header.geometry();
         geometry.l1_entries_for(self.virtual_size()) << geometry.cluster_bits()
     }
+}
+
+/// Tables and refcount blocks of the image when all of it is written, so that the set of them need
+/// not grow while it is served; up to a limit, since a header may claim any size.
+fn expected_tables(header: &Header, tables: u64) -> usize {
+    const MOST: u64 = 1 << 15;
+    let geometry = header.geometry();
+    let clusters = (header.virtual_size() >> geometry.cluster_bits()).saturating_add(tables);
+    // Twice the blocks: the file has free clusters, too.
+    let blocks = clusters / geometry.refcounts_per_block() * 2 + 2;
+    let most = tables.saturating_add(blocks).min(MOST);
+    usize::try_from(most).unwrap_or_default()
 }
 
 const CROWDED: &str = "the tables lie so that finding them would take unreasonably long";

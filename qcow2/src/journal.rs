@@ -7,7 +7,8 @@
 //! ([`Options::journal`](crate::Options)) the engine says every change of a mapping before it sends
 //! off the operation or the answer that may follow from it, and the driver keeps that in a file
 //! that is mapped into memory, on tmpfs: a store there survives the process and costs no system
-//! call. The order on disk stays as it is; only a successor on the same boot reads the journal.
+//! call. The order on disk stays as it is; only a successor on the same boot reads the journal, and
+//! nobody may have changed the image in between.
 //!
 //! (Rejected: to have L2 entries and refcounts written before each answer. That is a round trip to
 //! the disk for every allocating write.)

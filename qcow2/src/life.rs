@@ -1,5 +1,7 @@
 //! How an image stops: by failure, for writes and for good; and by being closed.
 
+use alloc::vec::Vec;
+
 use crate::engine::Engine;
 use crate::error::{Failure, FailureKind, IoErrorKind};
 use crate::op::OpKind;
@@ -174,6 +176,23 @@ impl Engine {
         } else if !busy {
             self.life = Life::Closed;
             self.clear_records();
+        }
+    }
+
+    /// Gives the reservation back: the refcounts go down, and the end of the file with them.
+    fn return_reserve(&mut self) {
+        self.allocator.stopped = true;
+        let pool: Vec<_> =
+            self.allocator.zero.drain(..).chain(self.allocator.stale.drain(..)).collect();
+        let pending = self.allocator.pending.drain(..).map(|p| (p.start, p.count));
+        let mut all: Vec<_> = pool.into_iter().chain(pending).collect();
+        (self.allocator.pool, self.allocator.pending_clusters) = (0, 0);
+        all.sort_unstable();
+        for (start, count) in all.into_iter().rev() {
+            if start + count == self.allocator.next_fresh {
+                self.allocator.next_fresh = start;
+            }
+            self.quarantine.lower_only(start, count);
         }
     }
 }

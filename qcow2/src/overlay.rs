@@ -200,14 +200,15 @@ mod tests {
         let mut epochs = Epochs::new(false);
         let mut overlay = Overlay::new(4);
         let (guest, host) = (GuestCluster(3), HostCluster::new(9).unwrap());
-        let insert = |units, epochs: &Epochs, overlay: &mut Overlay| {
-            let entry = Entry::new(guest, host, units, epochs.now());
+        let insert = |units, epochs: &mut Epochs, overlay: &mut Overlay| {
+            epochs.note_write();
+            let entry = Entry::new(guest, host, units, epochs.of_writes());
             overlay.insert(entry, |epoch| epochs.is_durable(epoch));
         };
         for step in 0..8 {
-            insert(1 << (step * 2), &epochs, &mut overlay);
+            insert(1 << (step * 2), &mut epochs, &mut overlay);
             epochs.cut();
-            insert(2 << (step * 2), &epochs, &mut overlay);
+            insert(2 << (step * 2), &mut epochs, &mut overlay);
             epochs.succeeded();
             let entry = overlay.get(guest).unwrap();
             let durable = entry.units_of(|epoch| epochs.is_durable(epoch));
@@ -221,7 +222,7 @@ mod tests {
 
     #[test]
     fn it_is_a_map() {
-        let since = Epochs::new(false).now();
+        let since = Epochs::new(false).of_writes();
         let mut overlay = Overlay::new(64);
         let mut model = alloc::collections::BTreeMap::new();
         let mut prng = Prng::new(1);

@@ -37,7 +37,10 @@ impl Engine {
             self.round.wanted |= self.cache(which).is_unclean();
             return Stop::Wait(Wait::Slot(which));
         };
-        self.stats.cache_misses += 1;
+        match which {
+            Which::L2 => self.stats.l2_misses += 1,
+            Which::Refcounts => self.stats.refcount_misses += 1,
+        }
         self.stats.metadata_reads += 1;
         let len = u32::try_from(self.geometry().page_size()).expect("a page");
         let (file, number) = file_of_page(page);

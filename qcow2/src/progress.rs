@@ -1,6 +1,7 @@
 //! Operations on their way: handing them out, short transfers, and what a completion means.
 
 use crate::engine::Engine;
+use crate::epoch::Epochs;
 use crate::error::{FailureKind, IoErrorKind};
 use crate::life::Life;
 use crate::mark;
@@ -40,6 +41,25 @@ impl Engine {
                 self.stats.syncs += 1;
                 self.emit_to(owner, file, OpKind::Sync);
             }
+        }
+    }
+
+    /// A writable image begins with its first bytes, if they change, and an fdatasync.
+    pub(crate) fn begin_open(&mut self) {
+        if planted::is(Bug::OpenWithoutSync) {
+            (self.life, self.epochs) = (Life::Serving, Epochs::new(false));
+            return;
+        }
+        if self.options.read_only {
+            return;
+        }
+        if self.header.rewrite {
+            let len = self.options.alignment as usize;
+            let id = self.emit_meta_write(Owner::FirstHeader, 0, len);
+            let bytes = self.header.first_bytes(len);
+            self.ops.staging_mut(id)[..len].copy_from_slice(bytes);
+        } else {
+            self.emit_sync(Owner::FirstSync);
         }
     }
 

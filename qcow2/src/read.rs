@@ -122,6 +122,7 @@ impl Engine {
         match self.l2_cache.lookup(page) {
             Lookup::Hit(slot) => {
                 self.l2_cache.touch(slot);
+                self.stats.l2_hits += 1;
                 Ok(slot)
             }
             Lookup::Loading => Err(Stop::Wait(Wait::Page(Which::L2, page))),

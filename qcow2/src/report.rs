@@ -21,8 +21,19 @@ pub struct Stats {
     pub allocated_data: u64,
     /// Host clusters allocated for metadata.
     pub allocated_metadata: u64,
-    /// Pages that had to be read.
-    pub cache_misses: u64,
+    /// Clusters of guest data that were filled with more than what was written to them, each part
+    /// counted: before the write, behind it.
+    pub copies: u64,
+    /// Bytes that took.
+    pub copied_bytes: u64,
+    /// L2 pages that were looked for and were there. (A request that had to wait looks again.)
+    pub l2_hits: u64,
+    /// L2 pages that had to be read.
+    pub l2_misses: u64,
+    /// Refcount pages that were looked for and were there.
+    pub refcount_hits: u64,
+    /// Refcount pages that had to be read.
+    pub refcount_misses: u64,
     /// Metadata reads issued.
     pub metadata_reads: u64,
     /// Metadata writes issued.

@@ -443,7 +443,7 @@ impl Engine {
         let before = self.entry_to_record(segment)?;
         let count = self.room_to_record(count)?;
         mark!("write.to_overlay");
-        let since = self.epochs.now();
+        let since = self.epochs.of_writes();
         for step in 0..count {
             let guest = GuestCluster(segment.guest.0 + step);
             let entry = Entry::new(guest, segment.host.plus(step), segment.units, since);

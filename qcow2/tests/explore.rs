@@ -33,12 +33,31 @@ fn no_crash_state_is_wrong() {
 }
 
 #[test]
+fn what_a_killed_process_acknowledged_is_found_by_the_next() {
+    explore::announce_panics();
+    let states = 1_000_000 / SCALE;
+    let config = Config { seed: 1, states, kills: true, ..Config::default() };
+    let report = explore::explore(&config);
+    none(report.violation.as_ref());
+    println!("with kills: {}", report.json(config.seed, 0));
+    assert!(report.distinct >= config.states && report.reopened > 0);
+}
+
+#[test]
 fn after_any_fault_the_answers_are_honest() {
     explore::announce_panics();
     // By hand 100 000 and more: `explore --faults`.
     let found = faults::explore(1, 20_000 / SCALE, 2);
     none(found.violation.as_ref());
     println!("{} runs with a fault", found.runs);
+}
+
+#[test]
+fn after_any_fault_a_killed_process_is_recovered() {
+    explore::announce_panics();
+    let found = faults::explore_kills(1, 3_000 / SCALE, 2);
+    none(found.violation.as_ref());
+    println!("{} runs with a fault and kills", found.runs);
 }
 
 #[test]
@@ -56,9 +75,16 @@ fn most(default: u64) -> u64 {
 
 /// Sequences of requests on two clusters.
 fn scopes(len: usize, images: &[ImageSpec], most: u64) {
+    scopes_with(len, images, 0, most);
+}
+
+/// The same; with a journal, the process is killed in each state of the world.
+fn scopes_with(len: usize, images: &[ImageSpec], journal: u32, most: u64) {
+    let mut kills = 0;
     let (mut nodes, mut states, mut cut) = (0, 0, 0);
     for &image in images {
-        let workload = scope::on(image);
+        let mut workload = scope::on(image);
+        workload.options.journal = journal;
         let all = scope::alphabet(1 << image.cluster_bits, true);
         for number in 0..all.len().pow(u32::try_from(len).unwrap()) {
             let mut requests = Vec::new();
@@ -71,12 +97,13 @@ fn scopes(len: usize, images: &[ImageSpec], most: u64) {
             let found = found.unwrap_or_else(|what| panic!("{image:?}: {requests:?}\n{what}"));
             nodes += found.nodes;
             states += found.states;
+            kills += found.kills;
             cut += u32::from(found.cut);
         }
     }
     println!(
-        "{len} requests: {nodes} states of the world, {states} crash states; {cut} sequences have \
-         more than {most} states of the world, of which these are the first on both ways"
+        "{len} requests: {nodes} states of the world, {states} crash states, {kills} kills; {cut} \
+         sequences have more than {most} states of the world, of which these are the first on both ways"
     );
 }
 
@@ -87,17 +114,30 @@ fn every_order_of_two_requests() {
     scopes(2, &images, most(2_000));
 }
 
-#[test]
-fn every_order_of_two_requests_with_other_features() {
+/// Images with one other feature each.
+fn others() -> [ImageSpec; 5] {
     let plain = ImageSpec { every: 1, ..ImageSpec::plain(10, 4 << 10) };
-    let images = [
+    [
         ImageSpec { snapshots: 1, ..plain },
         ImageSpec { compressed: 1, cluster_bits: 11, ..plain },
         ImageSpec { compressed: 1, snapshots: 1, cluster_bits: 11, ..plain },
         ImageSpec { data_file: Some(DataFile::Own(2048)), backing: 4096, every: 2, ..plain },
         ImageSpec { extended: true, cluster_bits: 14, backing: 20 << 10, guest: 32 << 10, ..plain },
-    ];
-    scopes(2, &images, most(400));
+    ]
+}
+
+#[test]
+fn every_order_of_two_requests_with_other_features() {
+    scopes(2, &others(), most(400));
+}
+
+#[test]
+fn a_kill_in_every_order_of_two_requests() {
+    let plain = ImageSpec::plain(10, 4 << 10);
+    let backing = 4096;
+    let images = [plain, ImageSpec { every: 1, ..plain }, ImageSpec { backing, ..plain }];
+    scopes_with(2, &images, 2, most(150));
+    scopes_with(2, &others(), 2, most(80));
 }
 
 #[test]
@@ -118,9 +158,10 @@ fn every_order_of_four_requests_of_a_few_kinds() {
 fn every_mark_is_hit() {
     explore::announce_panics();
     // Some lines only one workload comes by, so each has its turn.
-    for workload in workload::all() {
-        let workload = Some(workload.name.to_string());
-        let config = Config { seed: 7, states: 40_000 / SCALE, workload, ..Config::default() };
+    for workload in workload::all().into_iter().chain(workload::recovering()) {
+        let states = if workload.options.journal == 0 { 40_000 } else { 10_000 } / SCALE;
+        let workload = Some(workload.label());
+        let config = Config { seed: 7, states, workload, ..Config::default() };
         none(explore::explore(&config).violation.as_ref());
     }
     none(faults::explore(7, 5_000 / SCALE, 2).violation.as_ref());

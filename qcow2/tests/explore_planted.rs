@@ -30,6 +30,7 @@ fn hunt(bug: Bug, seed: u64) -> Option<(u64, String)> {
         sample: 0,
         time,
         bug: Some(bug),
+        kills: bug.is_of_recovery(),
         ..Config::default()
     };
     let found = catch_unwind(|| explore::explore(&config));

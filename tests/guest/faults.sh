@@ -2,7 +2,7 @@
 # kernels: old new
 # disk: no
 # timeout: 600
-# memory: 6G
+# memory: 8G
 # What lies beneath an image fails: sectors that cannot be read or written, tables that cannot be
 # written, an fdatasync that fails, a file system that shuts down or goes read-only, with and
 # without a file system above. Errors are told and nothing hangs; after a failure that is final

@@ -2,7 +2,7 @@
 # kernels: old new
 # disk: no
 # timeout: 240
-# memory: 4G
+# memory: 8G
 # Every kind of image that qemu-img makes: what the device reads is what qemu-img reads; after
 # writes, the image is clean and reads as a raw file that got the same writes from dd.
 source "$(dirname "$0")/lib.sh"

@@ -2,7 +2,7 @@
 # kernels: new
 # disk: no
 # timeout: 120
-# memory: 4G
+# memory: 8G
 # A bad sector in what lies beneath: a copy-on-write that cannot read it fails, and leaves the guest
 # what it had; nothing else is hurt, and when the sector can be read again, all of it is there.
 source "$(dirname "$0")/lib.sh"

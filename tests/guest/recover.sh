@@ -12,7 +12,7 @@
 #       'cd $VM_SCRATCH && exec "$0"' $PWD/tests/guest/recover.sh
 source "$(dirname "$0")/lib.sh"
 
-ROUNDS=${ROUNDS:-4} SEED=${SEED:-$((SRANDOM % 1000000))}
+ROUNDS=${ROUNDS:-2} SEED=${SEED:-$((SRANDOM % 1000000))}
 SPAN=$((96 << 20))
 RANDOM=$SEED
 kills=0 upgrades=0

@@ -32,6 +32,8 @@ pub struct Config {
     pub seed: u64,
     /// Distinct states to reach.
     pub states: u64,
+    /// Workloads whose process is killed and recovered, instead of those without a journal.
+    pub kills: bool,
     /// Only this workload.
     pub workload: Option<String>,
     /// Stop after so long.
@@ -51,6 +53,7 @@ impl Default for Config {
         Self {
             seed: 1,
             states: 1_000_000,
+            kills: false,
             workload: None,
             time: None,
             threads: 2,
@@ -190,9 +193,9 @@ impl Path {
 #[must_use]
 pub fn explore(config: &Config) -> Report {
     let begin = Instant::now();
-    let mut workloads = workload::all();
+    let mut workloads = if config.kills { workload::recovering() } else { workload::all() };
     if let Some(name) = &config.workload {
-        workloads.retain(|workload| workload.name == name);
+        workloads = workload::find(name).into_iter().collect();
     }
     assert!(!workloads.is_empty(), "no such workload");
     let shared = Shared { wanted: config.states, ..Shared::default() };
@@ -237,7 +240,7 @@ fn work(config: &Config, workloads: &[Workload], shared: &Shared, begin: Instant
         let number = shared.next.fetch_add(1, Ordering::Relaxed);
         let count = workloads.len() as u64;
         let workload = &workloads[crate::testing::size(number % count)];
-        let path = Path::root(workload.name, config.seed.wrapping_add(number / count));
+        let path = Path::root(&workload.label(), config.seed.wrapping_add(number / count));
         note(&path.text);
         shared.runs.fetch_add(1, Ordering::Relaxed);
         let pool = Pool::shared();

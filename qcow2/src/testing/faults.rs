@@ -34,6 +34,8 @@ pub struct Found {
 /// Events of a run; more where the image comes near a limit, until the refcount table has moved.
 const STEPS: u64 = 90;
 const STEPS_NEAR: u64 = 220;
+/// One event in so many kills the process, where it is recovered.
+const DEATHS: u64 = 25;
 /// States of the crash at the end of a run that are judged.
 const STATES: u64 = 40;
 
@@ -45,16 +47,33 @@ const KINDS: [Option<IoErrorKind>; 3] = [Some(IoErrorKind::Io), Some(IoErrorKind
 /// If a thread panics.
 #[must_use]
 pub fn explore(seed: u64, runs: u64, threads: usize) -> Found {
-    explore_with(seed, runs, threads, None)
+    explore_on(&workload::all(), seed, runs, (threads, None))
 }
 
-/// The same with a planted bug.
+/// The same where the process is killed, and recovered from its journal; also while things fail.
+///
+/// # Panics
+/// If a thread panics.
+#[must_use]
+pub fn explore_kills(seed: u64, runs: u64, threads: usize) -> Found {
+    explore_on(&workload::recovering(), seed, runs, (threads, None))
+}
+
+/// The first with a planted bug.
 ///
 /// # Panics
 /// If a thread panics.
 #[must_use]
 pub fn explore_with(seed: u64, runs: u64, threads: usize, bug: Option<Bug>) -> Found {
-    let workloads = workload::all();
+    explore_on(&workload::all(), seed, runs, (threads, bug))
+}
+
+fn explore_on(
+    workloads: &[Workload],
+    seed: u64,
+    runs: u64,
+    (threads, bug): (usize, Option<Bug>),
+) -> Found {
     let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
     let stop = AtomicBool::new(false);
     let violation = Mutex::new(None);
@@ -113,7 +132,7 @@ fn name(workload: &Workload, seed: u64, fault: Fault) -> String {
         None => "short",
     };
     let mode = if fault.lasting { "on" } else { "once" };
-    format!("fault:{}:{seed}:{}:{kind}:{mode}", workload.name, fault.index)
+    format!("fault:{}:{seed}:{}:{kind}:{mode}", workload.label(), fault.index)
 }
 
 /// Replays the path of a run with a fault; `None` if it is not the path of one.
@@ -152,7 +171,8 @@ fn one(
     trace: Option<&mut Vec<String>>,
 ) -> Result<Ended, String> {
     let pool = Pool::shared();
-    let workload = Workload { deaths: 0, ..workload.clone() };
+    let deaths = if workload.options.journal == 0 { 0 } else { DEATHS };
+    let workload = Workload { deaths, ..workload.clone() };
     let mut run = Run::new(&workload, mix(seed, 0xfa), &pool)?;
     run.inject(fault);
     run.trace = trace.is_some().then(Vec::new);

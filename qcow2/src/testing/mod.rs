@@ -16,6 +16,7 @@
 //! | [`pool`], [`prng`] | contents of sectors by number; random numbers |
 //! | [`disk`], [`rules`] | what is durable and what may be lost; the rules of order, from outside |
 //! | [`world`], [`image`] | an engine and its disk; images made in code |
+//! | [`kept`] | the journal of recovery, which survives a death |
 //! | [`open`] | how much of an image is read to open it, and what is kept from guest data |
 //! | [`files`] | an engine on real files, with all that an image names |
 //! | [`guest`] | what each guest sector may hold, now and after a crash |
@@ -37,6 +38,7 @@ pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod judge;
+pub mod kept;
 pub(crate) mod open;
 pub mod pool;
 pub mod prng;

@@ -17,6 +17,7 @@ use crate::testing::workload::Workload;
 use crate::testing::world::World;
 
 mod honest;
+mod lives;
 
 /// Where the image is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +57,8 @@ pub struct Run {
     now_ms: u64,
     /// Clusters that may have been leaked before the image was opened.
     leaks_before: u64,
+    /// The process that is opening the image is the successor of one that was killed.
+    recovers: bool,
     /// Operations that have ended.
     pub ended: u64,
     fault: Option<Fault>,
@@ -78,6 +81,9 @@ struct Hit {
     step: u64,
     kind: OpKind,
 }
+
+/// One event in so many kills a successor that is opening the image, or a process that closes it.
+const DEATHS_OPENING: u64 = 20;
 
 /// A result in words.
 pub type Told<T> = Result<T, String>;
@@ -122,6 +128,7 @@ impl Run {
             steps: 0,
             now_ms: 0,
             leaks_before: leaks,
+            recovers: false,
             ended: 0,
             fault: None,
             stalled: None,
@@ -213,6 +220,12 @@ impl Run {
             Stage::Opening => {
                 if self.world.engine.is_ready() {
                     self.opened()?;
+                } else if self.recovers && self.prng.one_in(DEATHS_OPENING) {
+                    crate::mark!("adopt.death");
+                    self.die()?;
+                } else if self.workload.errors != 0 && self.has_failed() {
+                    // A transfer has failed: the journal is kept, and recovered from once more.
+                    self.die()?;
                 } else {
                     self.complete_one()?;
                 }
@@ -221,6 +234,8 @@ impl Run {
             Stage::Closing => {
                 if self.world.engine.is_closed() {
                     self.closed()?;
+                } else if self.world.kept.is_some() && self.prng.one_in(DEATHS_OPENING) {
+                    self.die()?;
                 } else {
                     self.complete_one()?;
                 }
@@ -441,77 +456,6 @@ impl Run {
             setting: &self.setting,
         };
         Ok(self.judge.check(state)?.leaks)
-    }
-
-    /// The first sync has returned: what the disk holds now is durable.
-    fn opened(&mut self) -> Told<()> {
-        self.tell(|_| "open: ready".into());
-        let leaks = self.state_of_view()?;
-        if leaks > self.most_leaks() {
-            return Err(format!("{leaks} leaks, at most {} may be", self.most_leaks()));
-        }
-        self.leaks_before = leaks;
-        // Writes that only the dead process knew of are lost, as in a power cut.
-        let content = self.judge.content().to_vec();
-        for (place, &id) in (0..).zip(&content) {
-            if !self.guest.is_legal(place, id) {
-                let found = describe(&self.pool.borrow(), id);
-                return Err(format!("guest sector {place} holds {found} after opening"));
-            }
-        }
-        self.guest.settle(&content);
-        self.stage = Stage::Serving;
-        Ok(())
-    }
-
-    fn die(&mut self) -> Told<()> {
-        self.tell(|run| format!("the process dies; in flight: {:?}", kinds(&run.world)));
-        self.leaks_before = self.most_leaks();
-        self.world.disk.death(&mut self.prng);
-        if let Some(data) = &mut self.world.data {
-            data.death(&mut self.prng);
-        }
-        self.guest.death();
-        self.reopen()
-    }
-
-    fn closed(&mut self) -> Told<()> {
-        self.tell(|_| "closed".into());
-        if self.guest.busy() != 0 {
-            return Err("the engine is closed, but requests have no answer".into());
-        }
-        if !self.world.in_flight.is_empty() {
-            return Err(format!("the engine is closed, but has {:?}", kinds(&self.world)));
-        }
-        if self.faulted {
-            // Whatever was reserved stays counted.
-            self.leaks_before = u64::MAX / 2;
-        } else {
-            let leaks = self.check_view()?;
-            if leaks > self.leaks_before {
-                let before = self.leaks_before;
-                return Err(format!("a clean close leaves {leaks} leaks, there were {before}"));
-            }
-            if !self.world.disk.changes().iter().all(|it| it.completed.is_some()) {
-                return Err("the engine is closed, but the disk works on".into());
-            }
-        }
-        self.guest.death();
-        self.reopen()
-    }
-
-    fn reopen(&mut self) -> Told<()> {
-        let (mut disk, data) = (self.world.disk.clone(), self.world.data.take());
-        disk.watch();
-        let (plain, full) = (self.world.plain, self.world.full);
-        let beneath = core::mem::take(&mut self.world.beneath);
-        self.world = World::open_on(disk, beneath, data, &self.workload.options)
-            .map_err(|error| format!("the image does not open again: {error}"))?;
-        (self.world.plain, self.world.full) = (plain, full);
-        self.stage = Stage::Opening;
-        self.faulted &= self.fault.is_some_and(|fault| fault.lasting);
-        self.world.pump(Some(&self.guest));
-        Ok(())
     }
 
     /// Everything ends; then all requests have an answer.

@@ -28,6 +28,8 @@ pub struct Scope {
     pub nodes: u64,
     /// States that a crash may leave, judged.
     pub states: u64,
+    /// Those in which the process was killed and recovered.
+    pub kills: u64,
     /// There are more states of the world than were gone through.
     pub cut: bool,
 }
@@ -192,6 +194,20 @@ impl Search {
         });
         wrong.map_err(|what| {
             format!("{what}; of what was not synced this is left:\n{}", cuts.describe())
+        })?;
+        drop(pool);
+        if run.world.kept.is_none() {
+            return Ok(());
+        }
+        self.scope.kills += 1;
+        // The guest's state after that follows from the node, so it is not gone into.
+        let mut killed = run.clone();
+        killed.trace = Some(Vec::new());
+        killed.kill().map_err(|what| {
+            format!(
+                "{what}; the process was killed:\n{}",
+                killed.trace.unwrap_or_default().join("\n")
+            )
         })
     }
 }

@@ -1,5 +1,6 @@
 //! Workloads: an image, options and a mix of requests.
 
+use std::string::String;
 use std::vec;
 use std::vec::Vec;
 
@@ -36,7 +37,7 @@ impl Mix {
 /// A mix of requests on an image. With a seed it is one run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
-    /// Its name on the command line.
+    /// Its name.
     pub name: &'static str,
     /// The image.
     pub image: ImageSpec,
@@ -195,8 +196,34 @@ fn requests() -> Vec<Workload> {
     ]
 }
 
+/// All of them with a journal: the process is killed often, and each time recovered.
+#[must_use]
+pub fn recovering() -> Vec<Workload> {
+    // Where there is hardly any room, and where there is plenty.
+    let sizes = [3, 10, 64].into_iter().cycle();
+    all().into_iter().zip(sizes).map(|(workload, size)| workload.recovering(size)).collect()
+}
+
+/// What the name of a workload ends with that is recovered.
+const RECOVERING: &str = "+kill";
+
 /// The workload of this name.
 #[must_use]
 pub fn find(name: &str) -> Option<Workload> {
-    all().into_iter().find(|workload| workload.name == name)
+    let all = if name.ends_with(RECOVERING) { recovering() } else { all() };
+    all.into_iter().find(|workload| workload.label() == name)
+}
+
+impl Workload {
+    fn recovering(self, journal: u32) -> Self {
+        let options = Options { journal, ..self.options };
+        Self { options, deaths: 40, ..self }
+    }
+
+    /// Its name on the command line, also of one that is recovered.
+    #[must_use]
+    pub fn label(&self) -> String {
+        let end = if self.options.journal == 0 { "" } else { RECOVERING };
+        [self.name, end].concat()
+    }
 }

@@ -1,6 +1,7 @@
 //! An engine, a disk and the buffers between them.
 
 use std::rc::Rc;
+use std::string::{String, ToString};
 use std::vec;
 use std::vec::Vec;
 
@@ -16,8 +17,10 @@ use crate::testing::disk::Disk;
 use crate::testing::fuzz::Fence;
 use crate::testing::guest::Guest;
 use crate::testing::image::inflate;
+use crate::testing::kept::Kept;
 use crate::testing::open::{Opened, Source};
 use crate::testing::pool::{SECTOR, SectorId};
+use crate::testing::prng::Prng;
 use crate::testing::rules::{Broken, Submitted};
 use crate::testing::size;
 
@@ -54,6 +57,8 @@ pub struct World {
     pub fence: Option<Fence>,
     /// Inflates a cluster to exactly the length of the last; whether that went well.
     pub inflate: Inflate,
+    /// The journal, if there is one.
+    pub kept: Option<Kept>,
     /// Where each tag's request begins on the virtual disk.
     places: Vec<u64>,
 }
@@ -179,9 +184,39 @@ impl World {
         if let Some((offset, bytes)) = opened.marks {
             disk.write_durably(offset, &bytes);
         }
+        let kept = (options.journal != 0).then(|| Kept::new(options.journal));
+        Ok(Self::with(engine, (disk, beneath, data), kept, options))
+    }
+
+    /// The same as the successor of a killed process, with its journal.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn recover(
+        disk: Disk,
+        beneath: Vec<Beneath>,
+        data: Option<Disk>,
+        options: &Options,
+        kept: Kept,
+    ) -> Result<Self, String> {
+        let len = data.as_ref().map(Disk::len);
+        let (kept, records) = kept.found().map_err(|error| error.to_string())?;
+        // Bitmaps were marked when the image was opened first.
+        let opened = open_image(&disk, &beneath, len, (false, None));
+        let engine = opened.and_then(|it| Engine::recover(it.image, options, &records));
+        let engine = engine.map_err(|error| error.to_string())?;
+        Ok(Self::with(engine, (disk, beneath, data), Some(kept), options))
+    }
+
+    fn with(
+        engine: Engine,
+        (disk, beneath, data): (Disk, Vec<Beneath>, Option<Disk>),
+        kept: Option<Kept>,
+        options: &Options,
+    ) -> Self {
         let depth = usize::from(options.depth);
         let copies = vec![Vec::new(); engine.copy_buffers()];
-        Ok(Self {
+        Self {
             engine,
             disk,
             beneath,
@@ -197,8 +232,9 @@ impl World {
             room: u64::MAX,
             fence: None,
             inflate: inflate_own,
+            kept,
             places: vec![0; depth],
-        })
+        }
     }
 
     /// Submits a request; a write's bytes are in `buffer`, a read's length is that of `buffer`.
@@ -222,6 +258,9 @@ impl World {
 
     /// Takes what the engine has to say.
     pub fn pump(&mut self, guest: Option<&Guest>) {
+        if let Some(kept) = &mut self.kept {
+            kept.take(&mut self.engine);
+        }
         if let Health::Failed(failure) = self.engine.health() {
             self.disk.latch(failure.is_corruption());
         }
@@ -336,6 +375,16 @@ impl World {
         }
         self.engine.complete(op.id, outcome);
         self.pump(guest);
+    }
+
+    /// The process is killed in the middle of what follows from the end of an operation.
+    pub fn die_at(&mut self, index: usize, prng: &mut Prng) {
+        let op = self.in_flight.remove(index);
+        let outcome = self.carry_out(op, u32::MAX);
+        self.engine.complete(op.id, outcome);
+        if let Some(kept) = &mut self.kept {
+            kept.tear(&mut self.engine, prng);
+        }
     }
 
     /// Would a file become longer than there is room for?

@@ -78,7 +78,7 @@ fn follow(text: &str, trace: &mut Vec<String>) -> Result<(), String> {
     let (workload, seed, stages) =
         parse(text).ok_or_else(|| format!("'{text}' is no workload:seed:step:state"))?;
     let pool = Pool::shared();
-    let mut path = Path::root(workload.name, seed);
+    let mut path = Path::root(&workload.label(), seed);
     let mut run = Run::new(&workload, path.seed, &pool)?;
     for (depth, stage) in stages.iter().enumerate() {
         run.trace = Some(Vec::new());

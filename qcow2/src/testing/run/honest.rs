@@ -13,8 +13,8 @@ impl Run {
         let (Some(Fault { kind, lasting: false, .. }), Some(hit)) = (self.fault, self.first) else {
             return Ok(());
         };
-        if self.workload.errors != 0 {
-            // Other transfers fail, too.
+        if self.workload.errors != 0 || self.workload.deaths != 0 {
+            // Other transfers fail, too; or it is another life that meets what one has left.
             return Ok(());
         }
         // These end writing for good, or may: a table that cannot be read while it is folded into.
