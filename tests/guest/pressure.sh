@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # kernels: old new
 # disk: no
-# timeout: 420
+# timeout: 600
 # memory: 8G
 # Memory runs short above devices. One has an ext4 under writeback and a swap file on that, another
-# is swap as a whole; a load that needs more than it may have runs in a control group of 256 MiB, the
-# servers outside it. It all goes on, nothing hangs, and memory and files are what they should be.
+# is swap as a whole; a load that needs more than it may have runs in a control group of 256 MiB,
+# the servers outside it. It all goes on, nothing hangs, and memory and files are as they should be.
 # By hand, longer than the limit, so without guest-runner:
 #   tests/vm/run --timeout 1800 -- env SECONDS_OF_LOAD=600 bash -c \
 #       'cd $VM_SCRATCH && exec "$0"' $PWD/tests/guest/pressure.sh
@@ -33,14 +33,17 @@ clean_up() {
 trap 'clean_up; on_exit' EXIT
 
 # A program that fills its memory with numbers, finds them again, and writes others, page by page,
-# until its time is up. It prints how often it got through.
+# until its time is up. It prints how many MiB it has gone through.
 cat >hog.pl <<'END'
 my ($mib, $seconds) = @ARGV;
 my ($end, $pass) = (time + $seconds, 0);
 my @memory;
 push @memory, "\0" x (1 << 20) for 1 .. $mib;
-while (time < $end || !$pass) {
+my $pieces = 0;
+while (time < $end) {
     for my $piece (0 .. $mib - 1) {
+        last if time >= $end;
+        $pieces++;
         for my $page (0 .. 255) {
             my $number = $piece * 256 + $page;
             my $have = unpack("Q", substr($memory[$piece], $page * 4096 + 1024, 8));
@@ -52,7 +55,7 @@ while (time < $end || !$pass) {
     }
     $pass++;
 }
-print "$pass\n";
+print "$pieces\n";
 END
 
 # Writes files, most without an fsync, and compares what it wrote a while ago.
@@ -126,7 +129,7 @@ before=$(swapped_out) kills=$(oom_kills)
 
 say "load for $SECONDS_OF_LOAD s: $HOG_MIB MiB${GROUP_MIB:+ in $GROUP_MIB}, and files"
 in_group timeout -k 5 $((SECONDS_OF_LOAD + 180)) perl hog.pl "$HOG_MIB" "$SECONDS_OF_LOAD" \
-    >passes 2>hog.err &
+    >through 2>hog.err &
 hog=$!
 in_group write_files 2>files.err &
 files=$!
@@ -136,12 +139,14 @@ workers=("$hog" "$files" "$watch")
 # Whoever is first; without the others' limits nothing here would end if it hung.
 wait -n -p first "${workers[@]}" || status=$?
 [[ ! -e stall ]] || fail "$(<stall)"
-[[ -z ${status:-} ]] || fail "$first of hog $hog, files $files: $(cat hog.err files.err)"
+[[ -z ${status:-} ]] ||
+    fail "$first of hog $hog, files $files ended with $status: $(cat hog.err files.err)"
 for worker in "$hog" "$files"; do
     [[ $worker != "$first" ]] || continue
     until_true 200 eval "! kill -0 $worker 2>/dev/null || [[ -e stall ]]"
     [[ ! -e stall ]] || fail "$(<stall)"
-    wait "$worker" || fail "worker $worker: $(cat hog.err files.err)"
+    wait "$worker" ||
+        fail "$worker of hog $hog, files $files ended with $?: $(cat hog.err files.err)"
 done
 kill "$watch"
 workers=()
@@ -168,5 +173,5 @@ del_number "$b"
 clean a.qcow2
 clean b.qcow2
 [[ -z $GROUP_MIB ]] || rmdir "$group"
-say "$(<passes) times through $HOG_MIB MiB, $out MiB swapped out, $(<written) files of 6 MiB written"
+say "$(<through) MiB gone through, $out MiB swapped out, $(<written) files of 6 MiB written"
 no_devices
