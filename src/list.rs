@@ -1,6 +1,7 @@
 //! `list` and `features`: what there is, and what the kernel can do.
 
 use std::io::{self, Write};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
@@ -11,6 +12,9 @@ use crate::device;
 use crate::figures::Figures;
 use crate::state::{self, State};
 use crate::ublk::{self, DevInfo, Params};
+
+/// How long to wait for the figures of one device.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A device as it is shown.
 struct Entry {
@@ -58,7 +62,7 @@ impl Entry {
         // A device that was added but never given parameters has none.
         let params = control.params(id).unwrap_or_default();
         let state = State::of(&info);
-        let figures = state.as_ref().and_then(|_| state::figures(id));
+        let figures = state.as_ref().and_then(|_| state::figures(id, PATIENCE));
         Ok(Self { info, params, state, figures })
     }
 

@@ -26,9 +26,6 @@ use crate::ublk::DevInfo;
 /// The folder.
 pub const FOLDER: &str = "/run/ublk-qcow2";
 
-/// How long `list` waits for a daemon's figures.
-const CLIENT_LIMIT: Duration = Duration::from_secs(1);
-
 /// A daemon and its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
@@ -172,18 +169,18 @@ pub fn answer(listener: &UnixListener, figures: impl Fn() -> Figures) {
 }
 
 /// The live figures of a device, if its daemon answers in time.
-pub fn figures(id: u32) -> Option<serde_json::Value> {
+pub fn figures(id: u32, limit: Duration) -> Option<serde_json::Value> {
     let (sender, receiver) = mpsc::channel();
     // In a thread, since connecting to a daemon that does not accept has no limit of its own.
     std::thread::spawn(move || {
         let ask = || -> io::Result<serde_json::Value> {
             let mut stream = UnixStream::connect(path(id, "sock"))?;
-            stream.set_read_timeout(Some(CLIENT_LIMIT))?;
+            stream.set_read_timeout(Some(limit))?;
             let mut text = String::new();
             stream.read_to_string(&mut text)?;
             Ok(serde_json::from_str(&text)?)
         };
         let _ = sender.send(ask().ok());
     });
-    receiver.recv_timeout(CLIENT_LIMIT).ok().flatten()
+    receiver.recv_timeout(limit).ok().flatten()
 }

@@ -17,6 +17,9 @@ use crate::meter::Kind;
 use crate::prometheus::{self, Subject};
 use crate::state::{self, State};
 
+/// How long to wait for an answer: the one device is all that was asked for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Between two lines of `--watch`.
 const PERIOD: Duration = Duration::from_secs(1);
 
@@ -57,7 +60,7 @@ fn find(id: u32) -> Result<State> {
 /// The figures as they came, and as we read them.
 fn ask(state: &State) -> Result<(Value, Figures)> {
     let (id, pid) = (state.id, state.pid);
-    let Some(value) = state::figures(id) else {
+    let Some(value) = state::figures(id, PATIENCE) else {
         if State::load(id).is_none() {
             bail!("device {id} has gone");
         }
