@@ -3,9 +3,9 @@
 //!
 //! A queue thread must not wait for a log: what reads it may be slow, and may be waiting for our
 //! own device. So whoever logs hands the line over to a thread of its own, over a channel with a
-//! bound, and where that is full the line is dropped and counted. Nothing is ever written to a file,
-//! which might lie on the device. (Rejected: crates that send to journal or syslog from the thread that
-//! logs; a datagram socket blocks when its reader does not keep up.)
+//! bound, and where that is full the line is dropped and counted. Nothing is ever written to a
+//! file, which might lie on the device. (Rejected: crates that send to journal or syslog from the
+//! thread that logs; a datagram socket blocks when its reader does not keep up.)
 //!
 //! The sockets are connected before the host's mounts are left, so they need no path later. A
 //! syslog daemon that is restarted is lost to us (its lines count as dropped); the journal's socket

@@ -8,8 +8,8 @@
 //!
 //! With zero copy no byte of a request passes through our memory: operations read and write the
 //! files from those pages. Zeros come from `/dev/zero`, read into them by an operation like any
-//! other; what was inflated is written with user copy, which works on the same device. (Rejected for
-//! zeros: pwrite, which is a system call for each, and the ring takes them along for nothing.)
+//! other; what was inflated is written with user copy, which works on the same device. (Rejected
+//! for zeros: pwrite, a system call for each; the ring takes them along for nothing.)
 //!
 //! The best path that the driver reports is taken. Nothing else in the server knows which it is.
 

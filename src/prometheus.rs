@@ -128,8 +128,9 @@ impl Page {
         let help = "Clusters that a crash at this moment would leak at the most.";
         self.single("gauge", "leak_bound_clusters", help, figures.leak_bound as f64);
         let help = "Operations on files that have not returned for 30 s.";
-        let stuck = figures.stuck.iter().map(|one| f64::from(one.count)).sum();
-        self.single("gauge", "stuck_operations", help, stuck);
+        // Not added up as fractions: the sum of none of those is -0.
+        let stuck: u64 = figures.stuck.iter().map(|one| u64::from(one.count)).sum();
+        self.single("gauge", "stuck_operations", help, stuck as f64);
         let help = "For how long the first of them has not; 0 without any.";
         let longest = figures.stuck.iter().map(|one| one.seconds).max().unwrap_or(0);
         self.single("gauge", "stuck_seconds", help, longest as f64);
@@ -204,7 +205,8 @@ mod tests {
                 assert!(line.starts_with(begin.as_str()), "{line} is not of {begin}");
                 let labels = r#"{device="/dev/ublkb0",image="/srv/a \"b\"\\c\nd.qcow2""#;
                 assert!(line.contains(labels), "{line}");
-                line.rsplit(' ').next().unwrap().parse::<f64>().unwrap();
+                let value = line.rsplit(' ').next().unwrap();
+                assert!(value.parse::<f64>().unwrap().is_sign_positive(), "{line}");
             }
         }
         let count = names.len();

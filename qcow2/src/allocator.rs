@@ -84,7 +84,7 @@ pub(crate) struct Allocator {
     /// On a block device: this cluster was zeroed to become one.
     pub(crate) zeroed_block: Option<u64>,
     /// Clusters to hold in reserve, once somebody has wanted one.
-    target: u64,
+    pub(crate) target: u64,
     wanted: bool,
     /// All clusters from here on are fresh.
     pub(crate) next_fresh: u64,
@@ -497,60 +497,6 @@ impl Engine {
             self.refcount_cache.set_refcount(slot, index + step, if two { 2 } else { 1 });
         }
         self.note_dirty();
-    }
-
-    /// How many of `want` clusters from `first` on the file reaches over; if none, it is extended.
-    pub(crate) fn extended_over(&mut self, first: u64, want: u64) -> u64 {
-        let bits = self.geometry().cluster_bits();
-        let reached = self.file_len >> bits;
-        if reached > first {
-            return want.min(reached - first);
-        }
-        if !self.allocator.extending {
-            let to = (first + want.max(self.allocator.target)) << bits;
-            if planted::is(Bug::EntryAtEndOfFile) {
-                self.file_len = to;
-                return want;
-            }
-            self.emit_extend(to, false);
-            if planted::is(Bug::SizeNotDurable) {
-                self.file_len = to;
-                return want;
-            }
-        }
-        0
-    }
-
-    fn emit_extend(&mut self, to: u64, least: bool) {
-        self.allocator.extending = true;
-        self.emit(Owner::Extend { least }, OpKind::Extend { from: self.file_len, to });
-    }
-
-    pub(crate) fn finish_extend(
-        &mut self,
-        kind: OpKind,
-        least: bool,
-        result: Result<(), IoErrorKind>,
-    ) {
-        let OpKind::Extend { to, .. } = kind else { unreachable!("an extend") };
-        self.allocator.extending = false;
-        match result {
-            Ok(()) => self.file_len = self.file_len.max(to),
-            Err(IoErrorKind::NoSpace) if !least && self.failed.is_none() => {
-                // Ahead of need there is no room; perhaps for one cluster there is.
-                let to = (self.allocator.next_fresh + 1) << self.geometry().cluster_bits();
-                self.emit_extend(to, true);
-            }
-            Err(kind) => {
-                mark!("reserve.file_cannot_grow");
-                self.allocator.error = Some(kind);
-            }
-        }
-    }
-
-    /// The file, or the refcount table, cannot grow.
-    pub(crate) fn no_fresh(&mut self, kind: IoErrorKind) {
-        self.allocator.error = Some(kind);
     }
 
     /// After `refill`: if nothing fresh can be reserved, and nothing is on its way from elsewhere,

@@ -95,7 +95,7 @@ impl Engine {
         self.round.waiting = true;
         // An extending ahead of need may be in flight: both only make the file longer.
         let to = extent.end().max(self.file_len);
-        self.emit(Owner::ExtendGrown, OpKind::Extend { from: self.file_len, to });
+        self.emit(Owner::ExtendGrown, OpKind::Extend { from: self.extend_from(), to });
         false
     }
 

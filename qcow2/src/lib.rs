@@ -65,6 +65,8 @@
 //! | [`request`], [`optable`], [`op`] | requests, operations under way, what crosses the border |
 //! | [`read`], [`write`], [`zero`], [`copy`] | the steps of each kind of request; copy-on-write |
 //! | [`allocator`], [`refblock`] | the reservation of free clusters; new refcount blocks |
+//! | [`extend`] | making the file longer |
+//! | [`extend`] | making the file longer |
 //! | [`quarantine`] | from the last reference to being free |
 //! | [`epoch`], [`overlay`] | what an fdatasync covers; mappings whose data it does not yet |
 //! | [`flush`], [`grow`] | rounds, and moving the refcount table |
@@ -92,6 +94,7 @@ mod engine;
 mod entry;
 mod epoch;
 mod error;
+mod extend;
 mod flush;
 mod geometry;
 mod grow;

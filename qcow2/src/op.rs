@@ -240,7 +240,8 @@ pub enum OpKind {
     /// Make the file at least `to` bytes long, with the bytes from `from` on allocated on the host
     /// and reading as zeros (fallocate; where that is not supported, a longer sparse file).
     Extend {
-        /// Old length in bytes; the file may end up to a cluster before.
+        /// Old length in bytes; the file may end up to a cluster before, or further where clusters
+        /// behind its end are counted: these become a hole.
         from: u64,
         /// New length in bytes.
         to: u64,

@@ -56,6 +56,8 @@ struct Item {
     unused: bool,
     /// A single cluster that others may refer to as well: only the last of them frees it.
     shared: bool,
+    /// The same, and it is an L2 table that was copied: see [`Engine::quarantine_table`].
+    table: bool,
 }
 
 /// All of them.
@@ -128,7 +130,8 @@ impl Quarantine {
     pub(crate) fn lower_only(&mut self, start: u64, count: u64) {
         self.clusters += count;
         let stage = Stage::Lowering(0);
-        self.items.push(Item { start, count, stage, before: 0, unused: true, shared: false });
+        let (before, unused, shared, table) = (0, true, false, false);
+        self.items.push(Item { start, count, stage, before, unused, shared, table });
     }
 }
 
@@ -153,10 +156,22 @@ impl Engine {
     /// One of perhaps several references to a cluster is gone from memory.
     pub(crate) fn quarantine_shared(&mut self, cluster: u64) {
         mark!("quarantine.shared");
+        self.quarantine_one(cluster, false);
+    }
+
+    /// The L1 entry that led to an L2 table leads to a copy of it, in memory. The table stays in the
+    /// set of metadata: on disk the entry leads to it still, and what an image that contradicts
+    /// itself lets the guest write there would be a table after a crash. When the last reference is
+    /// gone it leaves the set; until then it is a snapshot's.
+    pub(crate) fn quarantine_table(&mut self, cluster: u64) {
+        self.quarantine_one(cluster, true);
+    }
+
+    fn quarantine_one(&mut self, cluster: u64, table: bool) {
         let (start, count, before) = (cluster, 1, self.ops.next_number());
         let stage = Stage::Unlinked(self.next_round());
         self.quarantine.clusters += 1;
-        let item = Item { start, count, stage, before, unused: false, shared: true };
+        let item = Item { start, count, stage, before, unused: false, shared: true, table };
         self.quarantine.items.push(item);
         self.round.wanted |= self.quarantine.is_crowded();
     }
@@ -175,7 +190,8 @@ impl Engine {
             last.before = before;
             return;
         }
-        let item = Item { start, count, stage, before, unused: false, shared: false };
+        let (unused, shared, table) = (false, false, false);
+        let item = Item { start, count, stage, before, unused, shared, table };
         self.quarantine.items.push(item);
         self.round.wanted |= self.quarantine.is_crowded();
     }
@@ -196,7 +212,7 @@ impl Engine {
                 Stage::Unlinked(round)
                     if round <= self.round.synced || planted::is(Bug::DecrementBeforeUnlink) =>
                 {
-                    if self.is_table(item) {
+                    if !item.table && self.is_table(item) {
                         return;
                     }
                     mark!("quarantine.unlinked_durably");
@@ -256,6 +272,9 @@ impl Engine {
             // When the page is not there, the event that brings it comes by here again.
             let Some(left) = self.lower_one(item.start + done) else { return false };
             if left == 0 || planted::is(Bug::SharedClusterPunched) {
+                if item.table {
+                    self.metadata.remove(item.start);
+                }
                 self.quarantine.items[number].stage = Stage::Lowering(done + 1);
             } else if item.count == 1 {
                 self.still_counted(item.start, item.before);

@@ -508,8 +508,7 @@ impl Engine {
         if let Some(old) = table.copy_of {
             mark!("table.copy_linked");
             // From now on it is the snapshot's alone, which counts it.
-            self.metadata.remove(old.index());
-            self.quarantine_shared(old.index());
+            self.quarantine_table(old.index());
             return Ok(());
         }
         mark!("table.linked");

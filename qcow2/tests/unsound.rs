@@ -335,3 +335,69 @@ fn a_table_in_the_place_of_another_does_not_show_the_entries_of_that() {
     let reused = (0..16).any(|index| word(&after, l1 + index * 8) & OFFSET == wrong);
     assert!(reused, "no table took the place of the other");
 }
+
+/// On disk the L1 entry leads to the old table until a round has ended, and after that a snapshot
+/// does: an entry that leads there, too, must not let the guest write a table of its own making.
+#[test]
+fn a_table_that_was_copied_is_not_guest_data() {
+    let spec = ImageSpec { every: 2, snapshots: 1, ..ImageSpec::plain(9, 1024 << 9) };
+    let mut image = spec.make(&mut Pool::shared().borrow_mut()).bytes;
+    let l1 = word(&image, 40);
+    let entries: Vec<u64> = (0..16).map(|index| word(&image, l1 + index * 8)).collect();
+    let shared = (0..16).find(|&index| entries[at(index)] >> 63 == 0).unwrap();
+    let own = (0..16).find(|&index| entries[at(index)] >> 63 == 1).unwrap();
+    let table = entries[at(shared)] & OFFSET;
+    put(&mut image, entries[at(own)] & OFFSET, table | 1 << 63);
+    let write = |index: u64| Request::Write { offset: index << 15, len: 512, fua: false };
+    for flushes in 0..4 {
+        let mut world = begin_unwatched(&image, &Options::default());
+        assert_eq!(ask(&mut world, write(shared), 512), Ok(()));
+        for _ in 0..flushes {
+            assert_eq!(ask(&mut world, Request::Flush, 0), Ok(()));
+        }
+        assert_eq!(ask(&mut world, write(own), 512), Err(IoErrorKind::Io), "{flushes} flushes");
+        let Health::Failed(failure) = world.engine.health() else { panic!("it is good") };
+        assert_eq!((failure.kind, failure.offset), (FailureKind::Overlap, table));
+        let (old, now) = (&image[at(table)..][..512], &world.disk.bytes()[at(table)..][..512]);
+        assert!(old == now, "the table was written");
+    }
+}
+
+#[test]
+fn clusters_that_are_counted_behind_the_end_of_the_file_take_no_room() {
+    let sound = full(3);
+    let end = sound.len() as u64 / CLUSTER;
+    // Up to the end of what the block counts, and less than that.
+    for counted in [2048, 1500, end + 1] {
+        let mut image = sound.clone();
+        for cluster in end..counted {
+            set_refcount(&mut image, cluster, 1);
+        }
+        // A cluster is free for the first write, and none for the second.
+        let options = Options { reservation: 16 * CLUSTER, ..Options::default() };
+        let mut world = begin_unwatched(&image, &options);
+        world.handed = Some(Vec::new());
+        discard(&mut world, 8, 1);
+        for _ in 0..2 {
+            assert_eq!(ask(&mut world, write_to(8, 1), CLUSTER), Ok(()));
+            discard(&mut world, 8, 1);
+        }
+        assert_eq!(ask(&mut world, write_to(8, 1), CLUSTER), Ok(()));
+        let mut room = 0;
+        for op in world.handed.take().unwrap() {
+            let OpKind::Extend { from, to } = op else { continue };
+            assert!(from >= counted * CLUSTER, "{from:#x} is counted");
+            room += to - from;
+        }
+        assert!(room != 0 && room <= 64 * CLUSTER, "{room:#x} bytes");
+        let (disk, health) = world.close();
+        assert_eq!(health, Health::Good);
+        let after = disk.bytes();
+        for cluster in end..counted {
+            assert_eq!(refcount(&after, cluster), 1, "cluster {cluster} is nobody's");
+        }
+        let entry = word(&after, l2(&after) + 8 * 8) & OFFSET;
+        assert!(entry < end * CLUSTER || entry >= counted * CLUSTER, "{entry:#x}");
+        assert_eq!(qcow2::check::check(&after[..]).unwrap().corruptions, 0);
+    }
+}

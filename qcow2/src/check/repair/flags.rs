@@ -43,24 +43,27 @@ impl Judge {
         if word & OFFSET == 0 { word } else { self.of(word, L1_RESERVED, slots) }
     }
 
-    fn l2_entry(self, word: u64, slots: &[Slot]) -> u64 {
+    /// The same of an L2 table. In one that only snapshots have, `active` is not set: COPIED says
+    /// nothing there of clusters with a place, but is wrong where it never means anything.
+    fn l2_entry(self, word: u64, slots: &[Slot], active: bool) -> u64 {
         let all = self.what == Repair::All;
         if word & COMPRESSED != 0 {
             return if all { word & !COPIED } else { word };
         }
         if self.external_data {
-            let somewhere = word & OFFSET != 0 && word & L2_RESERVED == 0;
+            let somewhere = active && word & OFFSET != 0 && word & L2_RESERVED == 0;
             return if all && somewhere { word | COPIED } else { word };
         }
         if word & OFFSET == 0 {
             return if all && word & L2_RESERVED == 0 { word & !COPIED } else { word };
         }
-        self.of(word, L2_RESERVED & !ZERO, slots)
+        if active { self.of(word, L2_RESERVED & !ZERO, slots) } else { word }
     }
 }
 
 impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
-    /// Sets and clears COPIED in the active tables, and makes that durable.
+    /// Sets and clears COPIED in the active tables, and clears it in those of snapshots where it
+    /// never means anything; makes that durable.
     pub(super) fn flags(&mut self) -> Result<(), RepairError> {
         if !self.changed && (self.what == Repair::Leaks || !self.state().wrong_flags) {
             return Ok(());
@@ -89,12 +92,13 @@ impl<F: RepairIo + ?Sized> Work<'_, '_, F> {
         let size = self.head.cluster_size();
         let slots = &self.checker.state.slots;
         for (nth, slot) in slots.iter().enumerate() {
-            if slot.active == 0 || slot.kinds & !Kind::LOWERED != Kind::L2 {
+            let judged = slot.active != 0 || slot.inactive != 0 && judge.what == Repair::All;
+            if !judged || slot.kinds & !Kind::LOWERED != Kind::L2 {
                 continue;
             }
             let start = (nth as u64) << self.head.cluster_bits;
             edit::edit(self.file, start, start + size, |_, bytes| {
-                each(bytes, step, |word| judge.l2_entry(word, slots));
+                each(bytes, step, |word| judge.l2_entry(word, slots, slot.active != 0));
             })?;
             (self.progress)(Stage::Flags, nth as u64, slots.len() as u64);
         }

@@ -4,13 +4,15 @@
 //! everything here. These hold for any image that was opened:
 //!
 //! - what is read-only, or lies beneath, is never written;
-//! - after a failed metadata write or sync, and before the first sync, nothing is;
+//! - before the first sync nothing is; after a failed metadata write or sync only the header, to
+//!   say that the image is corrupt, which one sync follows;
 //! - guest data and punches never hit the header, the top-level tables, a table or refcount block
 //!   that these name, or what is protected for snapshots and bitmaps;
 //! - metadata never hits the latter either, changes no more of the header than what may change, and
 //!   takes no entry out of a top-level table, nor puts one in that leads to other metadata;
-//! - nothing is written behind the end of the file, the file grows by steps that follow from its
-//!   length, and no metadata is cut off.
+//! - nothing is written behind the end of the file, no metadata is cut off, and the file grows by
+//!   steps that follow from its length. A hole may come before a step, over clusters that are
+//!   counted already: it takes no room, and blocks in the file have to count it.
 
 use std::format;
 use std::rc::Rc;
@@ -33,6 +35,8 @@ pub struct Fence {
     protected: Rc<[(u64, u64)]>,
     /// A metadata write or a sync has failed.
     latched: bool,
+    /// The sync that the mark in the header is allowed after that was begun.
+    mark_synced: bool,
     synced: bool,
     /// What the tables on the disk say, unless they have changed since.
     layout: Option<Layout>,
@@ -47,6 +51,9 @@ struct Layout {
     /// Clusters that are L2 tables or refcount blocks, in order.
     named: Vec<u64>,
 }
+
+/// The mark in word 9 of the header, the incompatible features.
+const CORRUPT: u64 = 1 << 1;
 
 type Verdict = Result<(), Broken>;
 
@@ -121,6 +128,7 @@ impl Fence {
             virtual_size,
             protected: protected.collect(),
             latched: false,
+            mark_synced: false,
             synced: false,
             layout: None,
         }
@@ -152,7 +160,7 @@ impl Fence {
                 return refuse("what lies beneath is never written");
             }
             _ if self.read_only => return refuse("what is opened read-only is never written"),
-            _ if self.latched => {
+            _ if self.latched && !self.is_mark(disk, op, submitted) => {
                 return refuse("nothing but reads follows a failure of metadata or a sync");
             }
             FileId::Data => return self.check_data_file(op),
@@ -171,6 +179,30 @@ impl Fence {
         let verdict = self.check_change(&layout, disk, submitted);
         self.layout = Some(layout);
         verdict
+    }
+
+    /// After a failure: does this say in the header that the image is corrupt, and no more, or make
+    /// that durable?
+    fn is_mark(&mut self, disk: &Disk, op: Op, submitted: &Submitted) -> bool {
+        if op.file != FileId::Image {
+            return false;
+        }
+        match op.kind {
+            OpKind::MetaWrite { offset, .. } => {
+                let written = (offset / SECTOR as u64..).zip(&submitted.payload);
+                written.into_iter().all(|(sector, &id)| {
+                    let mut marked = words(disk, sector);
+                    let new = *disk.pool().borrow().words(id);
+                    marked[9] |= if sector == 0 { CORRUPT } else { 0 };
+                    new == marked || new == words(disk, sector)
+                })
+            }
+            OpKind::Sync => {
+                let marked = words(disk, 0)[9] & CORRUPT != 0;
+                marked && !core::mem::replace(&mut self.mark_synced, true)
+            }
+            _ => false,
+        }
     }
 
     fn check_data_file(&self, op: Op) -> Verdict {
@@ -199,8 +231,14 @@ impl Fence {
             Err(Broken::new(rule, format!("{:?}: {what}, length {}", submitted.kind, disk.len())))
         };
         match submitted.kind {
-            OpKind::Extend { to, .. } => {
+            OpKind::Extend { from, to } => {
+                let hole = from.saturating_sub(disk.len().next_multiple_of(cluster));
+                let counted = cluster << layout.format.block_bits();
+                if hole > counted.saturating_mul(layout.named.len() as u64) {
+                    return refuse("a hole is over clusters that are counted", "");
+                }
                 let most = disk.len().saturating_mul(12).saturating_add(cluster * 128 + (64 << 10));
+                let most = most.saturating_add(hole);
                 return if to <= most { Ok(()) } else { refuse("the file grows by steps", "") };
             }
             OpKind::Truncate { to } => {
@@ -378,6 +416,21 @@ mod tests {
         let write = op(OpKind::MetaWrite { offset: 0, len: 512 });
         fence.note(write, Outcome::Error(crate::IoErrorKind::Io));
         assert!(rule(&mut fence, &disk, zeros, &[0; 512]).unwrap().contains("failure"));
+        // But for the mark, and one sync when it is there.
+        let sync = op(OpKind::Sync);
+        assert!(rule(&mut fence, &disk, sync, &[]).unwrap().contains("failure"));
+        let mut header = disk.bytes()[..512].to_vec();
+        header[79] |= 2;
+        assert_eq!(rule(&mut fence, &disk, write, &header), None);
+        let other = FileId::Data;
+        assert!(rule(&mut fence, &disk, Op { file: other, ..write }, &header).is_some());
+        let (mut bytes, pool) = (disk.bytes(), Pool::shared());
+        bytes[..512].copy_from_slice(&header);
+        let marked = Disk::sharing(&bytes, &pool);
+        assert_eq!(rule(&mut fence, &marked, sync, &[]), None);
+        assert!(rule(&mut fence, &marked, sync, &[]).unwrap().contains("failure"));
+        header[79] |= 1;
+        assert!(rule(&mut fence, &disk, write, &header).unwrap().contains("failure"));
     }
 
     #[test]
@@ -387,6 +440,14 @@ mod tests {
         let mut fence = fence(&Options::default(), &[]);
         assert_eq!(rule(&mut fence, &disk, extend(disk.len() + 512), &[]), None);
         assert!(rule(&mut fence, &disk, extend(1 << 40), &[]).is_some());
+        // Blocks of clusters of 512 bytes count 256 each.
+        let named = Layout::of(&disk).named.len() as u64;
+        let hole = |clusters| {
+            let from = disk.len().next_multiple_of(512) + clusters * 512;
+            op(OpKind::Extend { from, to: from + 512 })
+        };
+        assert_eq!(rule(&mut fence, &disk, hole(named * 256), &[]), None);
+        assert!(rule(&mut fence, &disk, hole(named * 256 + 1), &[]).is_some());
         let truncate = |to| op(OpKind::Truncate { to });
         assert_eq!(rule(&mut fence, &disk, truncate(disk.len()), &[]), None);
         assert!(rule(&mut fence, &disk, truncate(1024), &[]).is_some());
