@@ -14,7 +14,7 @@ source "$(dirname "$0")/lib.sh"
 
 SECONDS_OF_LOAD=${SECONDS_OF_LOAD:-60}
 # How much memory the load uses, in MiB, and the control group's limit, or nothing for no group.
-HOG_MIB=${HOG_MIB:-448} GROUP_MIB=${GROUP_MIB-256}
+HOG_MIB=${HOG_MIB:-384} GROUP_MIB=${GROUP_MIB-256}
 # With nothing completed for so long, though something is under way, it hangs.
 STALL=60
 group=/sys/fs/cgroup/pressed
@@ -33,16 +33,16 @@ clean_up() {
 trap 'clean_up; on_exit' EXIT
 
 # A program that fills its memory with numbers, finds them again, and writes others, page by page,
-# until its time is up. It prints how many MiB it has gone through.
+# until its time is up, which begins when all is filled. It prints how many MiB it has gone through.
 cat >hog.pl <<'END'
 my ($mib, $seconds) = @ARGV;
-my ($end, $pass) = (time + $seconds, 0);
+my ($end, $pass) = (0, 0);
 my @memory;
 push @memory, "\0" x (1 << 20) for 1 .. $mib;
 my $pieces = 0;
-while (time < $end) {
+while (!$pass || time < $end) {
     for my $piece (0 .. $mib - 1) {
-        last if time >= $end;
+        last if $pass && time >= $end;
         $pieces++;
         for my $page (0 .. 255) {
             my $number = $piece * 256 + $page;
@@ -53,15 +53,16 @@ while (time < $end) {
                 pack("Q", ($pass + 1) * 1000003 + $number);
         }
     }
-    $pass++;
+    $end = time + $seconds if !$pass++;
 }
 print "$pieces\n";
 END
 
 # Writes files, most without an fsync, and compares what it wrote a while ago.
 write_files() {
-    local end=$((SECONDS + SECONDS_OF_LOAD)) count=0 at old
-    while ((SECONDS < end)); do
+    local count=0 at old
+    # As long as the other load goes on.
+    while [[ ! -s through ]]; do
         at=$((count % 12))
         dd if=pool of="above/file$at" bs=64k skip=$((count % 64)) count=96 status=none \
             ${sync[count % 4]:-} || return 1
@@ -128,7 +129,7 @@ fi
 before=$(swapped_out) kills=$(oom_kills)
 
 say "load for $SECONDS_OF_LOAD s: $HOG_MIB MiB${GROUP_MIB:+ in $GROUP_MIB}, and files"
-in_group timeout -k 5 $((SECONDS_OF_LOAD + 180)) perl hog.pl "$HOG_MIB" "$SECONDS_OF_LOAD" \
+in_group timeout -k 5 $((SECONDS_OF_LOAD + 300)) perl hog.pl "$HOG_MIB" "$SECONDS_OF_LOAD" \
     >through 2>hog.err &
 hog=$!
 in_group write_files 2>files.err &
