@@ -78,6 +78,14 @@ impl Engine {
             self.give_up_growing(IoErrorKind::NoSpace);
             return true;
         }
+        if self.claim(first, blocks + table_clusters).is_err() {
+            return false;
+        }
+        let whole = Extent {
+            offset: first << geometry.cluster_bits(),
+            len: (blocks + table_clusters) << geometry.cluster_bits(),
+        };
+        self.metadata.set_range(Fixed::Moving, whole, geometry);
         if planted::is(Bug::ReleaseBeforeSecured) {
             let clusters = geometry.clusters_for(old.len);
             self.quarantine.lower_only(old.offset >> geometry.cluster_bits(), clusters);
@@ -108,6 +116,7 @@ impl Engine {
     fn give_up_growing(&mut self, kind: IoErrorKind) {
         self.allocator.must_grow = false;
         self.round.grown = None;
+        self.metadata.set_range(Fixed::Moving, Extent { offset: 0, len: 0 }, self.geometry());
         self.no_fresh(kind);
         self.round.enter(Phase::End);
     }
@@ -166,6 +175,7 @@ impl Engine {
         let Some(grown) = self.round.grown.take() else { return };
         let geometry = self.geometry();
         let old = self.refcount_table.extent();
+        self.metadata.set_range(Fixed::Moving, Extent { offset: 0, len: 0 }, geometry);
         self.metadata.set_range(Fixed::RefcountTable, grown.table.extent(), geometry);
         for block in 0..grown.blocks {
             self.metadata.insert(grown.first + block);

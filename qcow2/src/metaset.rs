@@ -4,12 +4,18 @@
 //! write refcounts. QEMU calls the check against this "overlap check"; here it is on in release
 //! builds. The set grows with the file: 16 bytes (a half-full table of 8-byte slots) per L2 table
 //! and refcount block; header, L1 and refcount table are kept as ranges.
+//!
+//! A cluster that is to hold a table enters the set before anything of the table is written
+//! ([`Engine::claim`]): an entry may lead there though it is free by its refcount.
 
 use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::engine::Engine;
+use crate::error::{FailureKind, IoErrorKind};
 use crate::geometry::Geometry;
 use crate::header::Extent;
+use crate::request::{RequestId, Segment, Step, Stop};
 
 /// Clusters with metadata. An open-addressing hash set; 0 marks an empty slot, since cluster 0 is
 /// the header's and is kept as a range.
@@ -18,8 +24,8 @@ pub(crate) struct MetaSet {
     slots: Vec<u64>,
     len: usize,
     crowded: bool,
-    /// Clusters `start..end`: the header, the L1 table, the refcount table.
-    ranges: [(u64, u64); 3],
+    /// Clusters `start..end`: the header, the L1 table, the refcount table, and where that moves.
+    ranges: [(u64, u64); 4],
 }
 
 /// More steps to find a cluster are no accident.
@@ -30,13 +36,19 @@ const MAX_PROBES: usize = 512;
 pub(crate) enum Fixed {
     L1 = 1,
     RefcountTable = 2,
+    Moving = 3,
 }
 
 impl MetaSet {
     /// An empty set with room for `expected` clusters before it has to grow.
     pub(crate) fn new(expected: usize) -> Self {
         let slots = (expected * 2).next_power_of_two().max(64);
-        Self { slots: vec![0; slots], len: 0, crowded: false, ranges: [(0, 1), (0, 0), (0, 0)] }
+        Self {
+            slots: vec![0; slots],
+            len: 0,
+            crowded: false,
+            ranges: [(0, 1), (0, 0), (0, 0), (0, 0)],
+        }
     }
 
     /// Says where a fixed table lies. False if that overlaps what is known.
@@ -142,6 +154,25 @@ impl MetaSet {
     /// Bytes of memory.
     pub(crate) fn memory(&self) -> u64 {
         self.slots.len() as u64 * 8
+    }
+}
+
+impl Engine {
+    /// Tables are to lie in `count` clusters from `start` on, which were reserved, or come behind
+    /// all that is in use. Fails where guest data is on its way there: it could land on the table.
+    pub(crate) fn claim(&mut self, start: u64, count: u64) -> Step<()> {
+        let bits = self.geometry().cluster_bits();
+        let hit = |at: u64, clusters: u64| at < start + count && start < at + clusters;
+        let filled = |segment: &Segment| hit(segment.host.index(), segment.count);
+        let is_filled = |&writer: &RequestId| self.requests[writer].segments().any(filled);
+        let is_written = self.writers.iter().any(is_filled)
+            || self.ops.writes_guest_data(start << bits..(start + count) << bits);
+        // No table lies in an external data file, whose clusters have numbers of their own.
+        if is_written && !self.decoder.data_file {
+            self.fail(FailureKind::Overlap, start << bits);
+            return Err(Stop::Fail(IoErrorKind::Io));
+        }
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use crate::cache::SlotId;
 use crate::copy::CopyId;
@@ -172,6 +173,19 @@ impl OpTable {
     pub(crate) fn writes_header(&self) -> bool {
         let header = |op: &OpState| matches!(op.kind, OpKind::MetaWrite { offset: 0, .. });
         self.states.iter().flatten().any(header)
+    }
+
+    /// Is guest data on its way to any of these bytes of the image?
+    pub(crate) fn writes_guest_data(&self, bytes: Range<u64>) -> bool {
+        self.states.iter().flatten().any(|op| match op.kind {
+            OpKind::Write { offset, len, .. }
+            | OpKind::WriteZeros { offset, len }
+            | OpKind::CopyWrite { offset, len, .. } => {
+                let end = offset.saturating_add(len.into());
+                op.file == FileId::Image && offset < bytes.end && bytes.start < end
+            }
+            _ => false,
+        })
     }
 
     /// The number that the next operation will have.

@@ -66,6 +66,9 @@ impl Engine {
             self.round.wanted = true;
             return false;
         }
+        if self.claim(cluster, 1).is_err() {
+            return false;
+        }
         let index = within & ((1 << geometry.refcount_page_bits()) - 1);
         self.refcount_cache.set_refcount(slot, usize::try_from(index).expect("below 2^15"), 1);
         let entry = cluster >> geometry.refblock_bits();

@@ -503,7 +503,6 @@ impl Engine {
         self.forget_pages(table.at)?;
         self.new_tables.retain(|table| !mine(table));
         self.l1.set(l1_index, copied_word(self.geometry().host_start(table.at)));
-        self.metadata.insert(table.at.index());
         self.note_dirty();
         if let Some(old) = table.copy_of {
             mark!("table.copy_linked");
@@ -527,6 +526,8 @@ impl Engine {
             return Err(Stop::Wait(Wait::OpSlot));
         }
         let found = self.allocate(1)?;
+        self.claim(found.at.index(), 1)?;
+        self.metadata.insert(found.at.index());
         self.stats.allocated_metadata += 1;
         let zero = found.space == Space::Zero || planted::is(Bug::StaleTable);
         let ready = zero && copy_of.is_none();
@@ -564,6 +565,7 @@ impl Engine {
             }
             Err(kind) => {
                 let table = self.new_tables.swap_remove(number);
+                self.metadata.remove(table.at.index());
                 self.put_back(table.at, 1);
                 self.wake_failing(kind, |wait| wait == Wait::Table(l1_index));
             }
@@ -583,6 +585,7 @@ impl Engine {
     /// Puts back tables that nobody came back for, since all who wanted them failed.
     pub(crate) fn drop_new_tables(&mut self) {
         while let Some(table) = self.new_tables.pop() {
+            self.metadata.remove(table.at.index());
             self.put_back(table.at, 1);
         }
     }

@@ -401,3 +401,37 @@ fn clusters_that_are_counted_behind_the_end_of_the_file_take_no_room() {
         assert_eq!(qcow2::check::check(&after[..]).unwrap().corruptions, 0);
     }
 }
+
+/// An entry leads to a cluster that is free by its refcount. Guest data on its way there could land
+/// on the table that is made of it.
+#[test]
+fn no_table_is_made_where_guest_data_is_on_its_way() {
+    let spec = ImageSpec { every: 2, ..ImageSpec::plain(9, 1024 << 9) };
+    let mut image = spec.make(&mut Pool::shared().borrow_mut()).bytes;
+    let target = word(&image, l2(&image)) & OFFSET;
+    let block = word(&image, word(&image, 48) + (target >> 9) / 256 * 8);
+    let count = at(block + (target >> 9) % 256 * 2);
+    assert_eq!(image[count..count + 2], [0, 1]);
+    image[count + 1] = 0;
+    // The last table is gone, so that a write there makes a new one.
+    let last = word(&image, 40) + 15 * 8;
+    put(&mut image, last, 0);
+    let mut world = begin_unwatched(&image, &Options::default());
+    let write = |offset| Request::Write { offset, len: 512, fua: false };
+    world.submit(0, write(0), vec![1; 512]);
+    let goes_there =
+        |kind: OpKind| matches!(kind, OpKind::Write { offset, .. } if offset == target);
+    while let Some(number) = world.in_flight.iter().position(|op| !goes_there(op.kind)) {
+        world.complete(number);
+    }
+    assert_eq!(world.in_flight.len(), 1);
+    world.submit(1, write(15 << 15), vec![2; 512]);
+    while let Some(number) = world.in_flight.iter().position(|op| !goes_there(op.kind)) {
+        world.complete(number);
+    }
+    let Health::Failed(failure) = world.engine.health() else { panic!("it is good") };
+    assert_eq!((failure.kind, failure.offset), (FailureKind::Overlap, target));
+    world.settle();
+    assert_eq!(world.broken, None);
+    assert_eq!(word(&world.disk.bytes(), last), 0, "a table was made");
+}
