@@ -11,7 +11,7 @@
 //! - the refcounts of a table that the end of the file cuts short, which count as leaks.
 //!
 //! Of the tables that lead to guest data only COPIED ever changes, and that only in clusters that
-//! are nothing but such a table.
+//! are nothing but such a table; in those that only snapshots have, only where it means nothing.
 //!
 //! # The order of the writes
 //!
