@@ -159,8 +159,8 @@ impl Engine {
         self.quarantine_one(cluster, false);
     }
 
-    /// The L1 entry that led to an L2 table leads to a copy of it, in memory. The table stays in the
-    /// set of metadata: on disk the entry leads to it still, and what an image that contradicts
+    /// The L1 entry that led to an L2 table leads to a copy of it, in memory. The table stays in
+    /// the set of metadata: on disk the entry leads to it still, and what an image that contradicts
     /// itself lets the guest write there would be a table after a crash. When the last reference is
     /// gone it leaves the set; until then it is a snapshot's.
     pub(crate) fn quarantine_table(&mut self, cluster: u64) {

@@ -15,8 +15,8 @@ pub fn may_stay(image: &[u8], finding: &Finding, all: &[Finding]) -> bool {
     let cluster = |offset: u64| offset >> bits;
     let has = |kinds: &[FindingKind]| all.iter().any(|other| kinds.contains(&other.kind));
     match finding.kind {
-        // What begins in a cluster of the file, the last of which may be cut short, and reaches over
-        // its end is not counted, but its clusters are kept.
+        // What begins in a cluster of the file, the last of which may be cut short, and reaches
+        // over its end is not counted, but its clusters are kept.
         FindingKind::Leak => all.iter().any(|other| {
             other.kind == FindingKind::BeyondEnd
                 && cluster(other.found) <= cluster(finding.at)
