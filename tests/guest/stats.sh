@@ -142,14 +142,15 @@ kill -STOP "$pid"
 refused "process $pid" 'does not answer' -- ublk-qcow2 stats -n "$id"
 within 20 ublk-qcow2 list -n "$id" | grep -q 'does not answer' || fail "list of a stopped server"
 kill -CONT "$pid"
-figure .health >/dev/null || fail "a server that goes on does not answer"
+bound=$(figure .leak_bound) || fail "a server that goes on does not answer"
 kill -KILL "$pid"
 until_true 10 missing_process "$pid"
 refused "process $pid" 'has died' "recover -n $id" -- ublk-qcow2 stats -n "$id"
 within 60 ublk-qcow2 recover -n "$id" >/dev/null || fail "recover failed"
 [[ $(figure .requests.write.requests) == 0 ]] || fail "the successor counts from elsewhere"
 del
-clean 'a "b"\c.qcow2'
+sound 'a "b"\c.qcow2'
+((leaks <= bound)) || fail "$leaks clusters are leaked, and at most $bound were told"
 
 say 'logs'
 grep -q "ublk-qcow2\[$pid\]: starting the ublk device\|ublk-qcow2\[$pid\]: device $id: starting" \
