@@ -49,6 +49,9 @@ pub fn run(args: &CheckArgs) -> Result<u8> {
         eprintln!("ublk-qcow2: {}", list::plain(&format!("{name}: {note}")));
     }
     let bar = Bar::new();
+    if args.repair.is_some() {
+        image.refuse_waiting()?;
+    }
     let outcome = match args.repair {
         None => check_with(&image, &mut |done, total| bar.show("checking", done, total))
             .map(|report| Outcome { report, repaired: None })

@@ -49,6 +49,13 @@ impl FileKind {
         }
     }
 
+    /// What no other file on this machine has.
+    pub fn identity(self, file: &File) -> Result<(u64, u64)> {
+        let data = file.metadata().context("fstat")?;
+        // A block device may have several nodes.
+        Ok(if self.is_device() { (u64::MAX, data.rdev()) } else { (data.dev(), data.ino()) })
+    }
+
     /// Whether it is a block device.
     pub fn is_device(self) -> bool {
         matches!(self, Self::BlockDevice { .. })
@@ -130,9 +137,7 @@ impl Source {
 
     /// What no other file on this machine has.
     pub fn identity(&self) -> Result<(u64, u64)> {
-        let data = self.file.metadata().context("fstat")?;
-        // A block device may have several nodes.
-        Ok(if self.kind.is_device() { (u64::MAX, data.rdev()) } else { (data.dev(), data.ino()) })
+        self.kind.identity(&self.file)
     }
 
     /// The first `want` bytes, or the whole file if it is shorter.

@@ -12,6 +12,7 @@ use qcow2::check::{ReadAt, ReadError};
 
 use crate::files::{FileKind, open_image};
 use crate::lock;
+use crate::state::State;
 
 /// An open image.
 pub struct ImageFile {
@@ -26,6 +27,12 @@ impl ImageFile {
     /// Opens an image; a pipe or a terminal does not hold this up. Errors do not name the image.
     pub fn open(path: &Path, write: bool) -> Result<Self> {
         Self::over(open_image(path, write, "'check' without --repair only reads it")?)
+    }
+
+    /// An error if a device that has lost its server waits for another with this image: what its
+    /// users wrote is not all there, and what looks leaked may be theirs.
+    pub fn refuse_waiting(&self) -> Result<()> {
+        State::waiting_for(self.kind.identity(&self.file)?).map_or(Ok(()), |state| state.refuse())
     }
 
     /// The same of a file that is open.

@@ -77,9 +77,11 @@ pub fn open(wanted: &Wanted) -> Result<Opened> {
 }
 
 /// Before an image is mended and served for writing: finds out what is in the way of that.
-pub fn look(wanted: &Wanted) -> Result<()> {
+/// Returns which file the image is.
+pub fn look(wanted: &Wanted) -> Result<(u64, u64)> {
     let opened = open_for(wanted, Purpose::Look)?;
-    recover::judge(&opened.files.image.file, &wanted.path)
+    recover::judge(&opened.files.image.file, &wanted.path)?;
+    opened.files.image.identity()
 }
 
 fn open_for(wanted: &Wanted, purpose: Purpose) -> Result<Opened> {

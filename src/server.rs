@@ -138,7 +138,9 @@ fn prepare(
         let opened = open::open(&wanted)?;
         return Ok((Control::open()?, opened, None));
     }
-    open::look(&wanted)?;
+    let identity = open::look(&wanted)?;
+    // What the users of such a device wrote has to come before anything else that is written.
+    State::waiting_for(identity).map_or(Ok(()), |state| state.refuse())?;
     let control = Control::open()?;
     // It can be served, and there is somebody to serve it: only now is anything written.
     let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
@@ -204,6 +206,7 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<State> {
         data_path: device.path.name().to_string(),
         close_error: None,
         failed: None,
+        identity: opened.files.image.identity()?,
         recipe,
         handed_over: false,
     })

@@ -7,6 +7,7 @@
 //! outlives its daemon also has `N.journal` and `N.fence` (`journal.rs`, `fence.rs`). `N.trusted`
 //! or `N.untrusted`, which is empty, is for the udev rules (`src/dist/`).
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -55,6 +56,9 @@ pub struct State {
     /// Why the image takes no writes any more, since when its server ran.
     #[serde(default)]
     pub failed: Option<String>,
+    /// Which file the image is, whatever its name.
+    #[serde(default)]
+    pub identity: (u64, u64),
     /// How to serve it again, for a device that outlives its server.
     pub recipe: Option<AddArgs>,
     /// The server has closed the image and ended, and the device waits for another.
@@ -88,6 +92,28 @@ impl State {
     pub fn load(id: u32) -> Option<Self> {
         let bytes = fs::read(path(id, "json")).ok()?;
         serde_json::from_slice(&bytes).ok().filter(|state: &Self| state.id == id)
+    }
+
+    /// The device without a server that waits for one with this image, if there is one.
+    pub fn waiting_for(identity: (u64, u64)) -> Option<Self> {
+        let names = fs::read_dir(FOLDER).ok()?.flatten().map(|entry| entry.file_name());
+        let id = |name: OsString| name.to_str()?.strip_suffix(".json")?.parse().ok();
+        let mut states = names.filter_map(id).filter_map(Self::load);
+        states.find(|state| {
+            let there = Path::new(&format!("/dev/ublkc{}", state.id)).exists();
+            let waits = state.recipe.is_some() && !state.read_only && there;
+            waits && state.identity == identity && !Self::is_server(state.pid)
+        })
+    }
+
+    /// That something else is wanted of the image that a device waits for.
+    pub fn refuse(&self) -> Result<()> {
+        bail!(
+            "device {0} has lost its server and waits for another with this image; \
+             `ublk-qcow2 recover -n {0}` serves it, `ublk-qcow2 del -n {0} --force` gives up what \
+             was not flushed",
+            self.id
+        )
     }
 
     /// What is recorded for this very device, and not for an earlier one of its number.

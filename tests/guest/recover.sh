@@ -67,6 +67,11 @@ kill -KILL "$pid"
 until_true 10 bash -c "ublk-qcow2 list -n $id | grep -q 'state QUIESCED'"
 ! within 20 ublk-qcow2 del -n "$id" 2>err || fail "del gave up what could be brought back"
 grep -q "recover -n $id" err || fail "del of a dead server's device: $(<err)"
+for other in 'add -f image.qcow2' 'check -f image.qcow2 --repair leaks'; do
+    # shellcheck disable=SC2086 # these are words
+    ! within 20 ublk-qcow2 $other 2>err || fail "$other changed what a device waits for"
+    grep -q "recover -n $id" err || fail "$other: $(<err)"
+done
 within 60 ublk-qcow2 recover -n "$id" >/dev/null || fail "recover failed"
 echo 3 >/proc/sys/vm/drop_caches
 cmp -n $((8 << 20)) data "$dev" || fail "what was acknowledged is not there"
