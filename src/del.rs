@@ -194,6 +194,9 @@ fn still_used(id: u32, error: ControlError) -> anyhow::Error {
     anyhow!(error).context(format!("device {id} is stopped, but cannot be removed ({users})"))
 }
 
+/// How long a process that was just killed may take to be gone.
+const DYING: Duration = Duration::from_millis(50);
+
 /// A living server process of ours.
 struct Daemon {
     id: u32,
@@ -208,6 +211,10 @@ impl Daemon {
         let pid = State::server_of(info)?;
         // Opened before the name is looked at: from here on the number cannot become another's.
         let handle = PidFd::open(Pid::from_raw(pid)).ok()?;
+        // One that is dead, and that nobody has waited for, still has its name.
+        if handle.ended_within(DYING).unwrap_or(false) {
+            return None;
+        }
         // While the device is live the driver itself says who serves it. Afterwards the number may
         // be another's by now, unless the process has our name.
         let serves = info.state == ublk::STATE_LIVE && info.ublksrv_pid == pid;

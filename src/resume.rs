@@ -27,16 +27,7 @@ pub fn recover(args: &RecoverArgs) -> Result<()> {
     control.features()?;
     let (info, state, recipe) = find(&mut control, args.number)?;
     let info = without_server(&mut control, info, &state)?;
-    if let Some(text) = &state.failed {
-        // A sync that has failed may seem to succeed when it is tried again.
-        bail!(
-            "device {0}: the image {1} had failed before its server died ({text}), so what was \
-             acknowledged may be lost; `ublk-qcow2 del -n {0} --force` removes the device, then \
-             look at the image with `ublk-qcow2 check`",
-            args.number,
-            state.image_path
-        );
-    }
+    refuse_failed(&state)?;
     drop(control);
     let image = state.image_path.clone();
     let what = What::Old { info, state: Box::new(state) };
@@ -85,6 +76,26 @@ pub fn quiesce(args: &QuiesceArgs) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// The same once more with the fence taken: a device of ours, as it is now, without a server.
+pub fn still_waits(control: &mut Control, id: u32) -> Result<(DevInfo, State)> {
+    let (info, state, _) = find(control, id)?;
+    let info = without_server(control, info, &state)?;
+    refuse_failed(&state)?;
+    Ok((info, state))
+}
+
+/// A sync that has failed may seem to succeed when it is tried again.
+fn refuse_failed(state: &State) -> Result<()> {
+    let Some(text) = &state.failed else { return Ok(()) };
+    bail!(
+        "device {0}: the image {1} had failed before its server died ({text}), so what was \
+         acknowledged may be lost; `ublk-qcow2 del -n {0} --force` removes the device, then look \
+         at the image with `ublk-qcow2 check`",
+        state.id,
+        state.image_path
+    )
 }
 
 /// A device of ours that outlives its server.

@@ -30,6 +30,7 @@ use crate::link::{self, Event, MainEnd};
 use crate::log;
 use crate::open::{self, Mode, Opened};
 use crate::queue;
+use crate::resume;
 use crate::signals::Signals;
 use crate::state::{self, State};
 use crate::sys;
@@ -57,7 +58,8 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         bail!("--recovery needs a path in UTF-8");
     }
 
-    let (mut control, opened, fence) = prepare(args, &what, reporter)?;
+    let mut what = what;
+    let (mut control, opened, fence) = prepare(args, &mut what, reporter)?;
     // The tables were read into memory that is free again, of their size.
     sys::trim_memory();
     flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
@@ -104,6 +106,8 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         running: 0,
         fence,
         stays: before.is_some(),
+        came_up: false,
+        stopped: false,
         _files: opened.files.clone(),
     };
     // Nothing outside the folder of states and /dev is opened from here on.
@@ -119,7 +123,7 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
 /// of the device has gone, and brings in what that had acknowledged.
 fn prepare(
     args: &AddArgs,
-    what: &What,
+    what: &mut What,
     reporter: &mut Reporter,
 ) -> Result<(Control, Opened, Option<Arc<Fence>>)> {
     let mut wanted = wanted(args);
@@ -127,8 +131,9 @@ fn prepare(
         let mut control = Control::open()?;
         reporter.stage("waiting for the last server's operations to end")?;
         let fence = Fence::take(info.dev_id)?;
-        control.info(info.dev_id)?;
-        // A journal that was given up is of a device that was given up.
+        // Another may have served it since we looked.
+        (*info, **state) = resume::still_waits(&mut control, info.dev_id)?;
+        // A server that has handed its device over has left nothing in its journal.
         wanted.resume = (!args.read_only && !state.handed_over).then_some(info.dev_id);
         reporter.stage("opening the image")?;
         return Ok((control, open::open(&wanted)?, Some(Arc::new(fence))));
@@ -224,8 +229,12 @@ struct Server {
     /// How many of them do.
     running: u16,
     fence: Option<Arc<Fence>>,
-    /// The device was there before this server, and stays if it cannot be served.
+    /// The device was there before this server, which has not taken it over yet.
     stays: bool,
+    /// The device is served, and somebody knows of it.
+    came_up: bool,
+    /// This server has stopped the device.
+    stopped: bool,
     /// Closed last: the locks go with them.
     _files: Files,
 }
@@ -252,10 +261,9 @@ impl Server {
             true => self.device.finish_resume(&mut self.control),
             false => self.device.start(&mut self.control),
         };
-        let path = match (started, self.event()) {
-            (_, Some(Event::Ended(Err(text)))) => bail!("the queue ended: {text}"),
-            (result, _) => result?,
-        };
+        let heard = self.hear(reporter).context("the queue ended");
+        let path = heard.and(started)?;
+        self.came_up = self.stays;
         self.stays = false;
         let listener = state::listen(self.device.id())?;
         for note in &self.notes {
@@ -263,11 +271,12 @@ impl Server {
             tracing::info!("{note}");
         }
         let ready = reporter.ready(&path);
-        if ready.is_err() {
+        if ready.is_err() && !self.came_up {
             // Nobody knows of this device: stop it again.
             self.stop()?;
             return ready;
         }
+        self.came_up = true;
         self.until_end(&listener, reporter)
     }
 
@@ -343,25 +352,11 @@ impl Server {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(error).context("poll"),
             }
-            while let Some(event) = main.event() {
-                match event {
-                    Event::Ready => {}
-                    Event::Failed(text) => {
-                        // A successor must not take what was acknowledged for being there.
-                        self.state.failed = Some(text);
-                        self.state.store()?;
-                    }
-                    Event::Ended(result) => {
-                        reporter.stopping();
-                        result.map_err(|text| anyhow!(text))?;
-                        self.running -= 1;
-                    }
-                }
-            }
+            state::answer(listener, || Figures::of(main));
+            self.hear(reporter)?;
             if self.running == 0 {
                 return Ok(());
             }
-            state::answer(listener, || Figures::of(main));
             if self.signals.came() {
                 reporter.stopping();
                 return self.stop();
@@ -369,8 +364,36 @@ impl Server {
         }
     }
 
+    /// Takes what the queue threads have told.
+    fn hear(&mut self, reporter: &mut Reporter) -> Result<()> {
+        while let Some(event) = self.event() {
+            match event {
+                Event::Ready => {}
+                Event::Failed(text) => {
+                    // A successor must not take what was acknowledged for being there.
+                    self.state.failed = Some(text);
+                    self.record();
+                }
+                Event::Ended(result) => {
+                    reporter.stopping();
+                    result.map_err(|text| anyhow!(text))?;
+                    self.running -= 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Rewrites the record of the device. If it cannot be, service goes on.
+    fn record(&self) {
+        if let Err(error) = self.state.store() {
+            tracing::error!("{error:#}");
+        }
+    }
+
     /// Stops the device and waits until the queue threads have closed the image.
     fn stop(&mut self) -> Result<()> {
+        self.stopped = true;
         let stopped = self.control.stop(self.device.id(), STOP_LIMIT);
         if let Err(error) = stopped
             && error.errno == libc::ETIME
@@ -394,13 +417,13 @@ impl Server {
         Ok(())
     }
 
-    /// Whether the device waits for another server. One that was stopped is dead before its tags
-    /// are aborted; one that was taken from us goes on, and is quiesced when the driver has noticed
-    /// that our character device is closed, which may take a moment.
-    fn is_handed_over(&mut self, result: &Result<()>) -> bool {
-        let waits = |info: DevInfo| info.state != ublk::STATE_DEAD;
-        let stays = self.state.recipe.is_some() && result.is_ok();
-        stays && self.control.info(self.device.id()).is_ok_and(waits)
+    /// Whether the device goes on without this server. One that was stopped is dead before its tags
+    /// are aborted; one that was taken from us is quiesced when the driver has noticed that our
+    /// character device is closed, which may take a moment. So is one whose server gives up.
+    fn outlives(&mut self) -> bool {
+        let may = self.state.recipe.is_some() && self.came_up && !self.stopped;
+        let is_dead = |info: DevInfo| info.state == ublk::STATE_DEAD;
+        may && !self.control.info(self.device.id()).is_ok_and(is_dead)
     }
 
     /// Removes the device, unless it waits for another server, and records how it ended.
@@ -410,11 +433,10 @@ impl Server {
             // As it was before: a dead server's, to be tried again.
             return;
         }
-        if self.is_handed_over(result) {
-            self.state.handed_over = true;
-            if let Err(error) = self.state.store() {
-                tracing::error!("{error:#}");
-            }
+        if self.outlives() {
+            self.state.handed_over = result.is_ok();
+            self.state.close_error = result.as_ref().err().map(|error| format!("{error:#}"));
+            self.record();
             return;
         }
         if result.is_err() {
@@ -429,9 +451,7 @@ impl Server {
             // Only a device that had come up has a file; the end of others is told by `add`.
             (Err(error), Some(state)) if state.pid == self.state.pid => {
                 self.state.close_error = Some(format!("{error:#}"));
-                if let Err(error) = self.state.store() {
-                    tracing::error!("{error:#}");
-                }
+                self.record();
             }
             _ => State::remove(id),
         }

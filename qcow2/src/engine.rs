@@ -51,6 +51,9 @@ pub struct Engine {
     pub(crate) options: Options,
     virtual_size: u64,
     pub(crate) file_len: u64,
+    /// The end of what was written to the image file, if it ended within a cluster of data. (The
+    /// clusters up to `file_len` are allocated; a write does not allocate those it passes.)
+    pub(crate) written_end: u64,
     pub(crate) life: Life,
     pub(crate) failed: Option<Failure>,
     pub(crate) corrupt_mark: Mark,
@@ -133,6 +136,7 @@ impl Engine {
             header: image.header,
             options: options.clone(),
             file_len: image.file_len,
+            written_end: 0,
             life: if options.read_only { Life::Serving } else { Life::Opening },
             failed: None,
             corrupt_mark: Mark::No,
@@ -221,9 +225,7 @@ impl Engine {
             OpKind::Sync => false,
             kind => !kind.only_reads(),
         };
-        if state.file == FileId::Data {
-            self.note_data_len(state.kind, outcome);
-        }
+        self.note_len(state.file, state.kind, outcome);
         // Also when it failed: some of it may have got there.
         if writes {
             self.epochs.note_write();

@@ -72,8 +72,9 @@ impl Engine {
         self.failed.is_none() && self.syncs == 0
     }
 
-    /// A write may have made the external data file longer.
-    pub(crate) fn note_data_len(&mut self, kind: OpKind, outcome: Outcome) {
+    /// A write may have made a file longer: the external data file, or the image where that ended
+    /// within a cluster.
+    pub(crate) fn note_len(&mut self, file: FileId, kind: OpKind, outcome: Outcome) {
         let (OpKind::Write { offset, len, .. }
         | OpKind::WriteZeros { offset, len }
         | OpKind::CopyWrite { offset, len, .. }) = kind
@@ -85,15 +86,18 @@ impl Engine {
             Outcome::Short(done) => done,
             Outcome::Error(_) => return,
         };
-        if done != 0 {
-            self.data_len = self.data_len.map(|before| before.max(offset + u64::from(done)));
+        let end = offset + u64::from(done);
+        match file {
+            _ if done == 0 => {}
+            FileId::Data => self.data_len = self.data_len.map(|before| before.max(end)),
+            _ => self.written_end = self.written_end.max(end),
         }
     }
 
     /// Bytes of a file; what lies behind them reads as zeros.
     fn len_of(&self, file: FileId) -> u64 {
         match file {
-            FileId::Image => self.file_len,
+            FileId::Image => self.file_len.max(self.written_end),
             FileId::Data => self.data_len.unwrap_or(0),
             FileId::Backing(layer) | FileId::BackingData(layer) => {
                 self.layers.get(usize::from(layer)).map_or(0, |layer| layer.len_of(file))
