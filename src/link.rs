@@ -23,7 +23,8 @@ use crate::watch::{Episode, Ticks};
 pub enum Event {
     /// The engine is ready and the fetch commands are on their way.
     Ready,
-    /// From now on the image takes no writes, for this reason. Told once, by the first queue.
+    /// From now on the image takes no writes, for this reason. Each queue tells it when it hears of
+    /// it. (That a journal could not be adopted is told with the end, and can be tried again.)
     Failed(String),
     /// The thread has ended: the image is closed, or the reason why it is not.
     Ended(Result<(), String>),

@@ -344,8 +344,8 @@ impl Queue {
         while let Some(incident) = engine.next_incident() {
             tracing::error!("{incident}");
         }
-        if self.is_first()
-            && let (Health::Good, Health::Failed(failure)) = (self.seen.health, engine.health())
+        if let (Health::Good, Health::Failed(failure)) = (self.seen.health, engine.health())
+            && !failure.is_of_journal()
         {
             self.link.tell(Event::Failed(failure.to_string()));
         }

@@ -51,6 +51,7 @@ pub enum What {
 pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> {
     let signals = Signals::take_over()?;
     sys::ignore_signals();
+    sys::return_large_memory();
     // Inherited by the queue threads and by the kernel's workers of their rings. Not permitted to
     // every user; who is not will be told by the driver.
     let flusher = sys::become_io_flusher();
@@ -327,7 +328,10 @@ impl Server {
             match main.wait_event(Duration::from_millis(100)) {
                 Some(Event::Ready) => return Ok(()),
                 Some(Event::Ended(Err(text))) => return Err(anyhow!(text)),
-                Some(Event::Failed(text)) => bail!("{text}"),
+                Some(Event::Failed(text)) => {
+                    self.remember_failure(&text);
+                    bail!("{text}");
+                }
                 Some(Event::Ended(Ok(()))) => bail!("the queue ended before it began"),
                 None if Instant::now() < deadline => {}
                 None => bail!("the image's first fdatasync did not end in time"),
@@ -382,6 +386,17 @@ impl Server {
             }
         }
         Ok(())
+    }
+
+    /// Where this server was bringing in what another had acknowledged: a sync that has failed must
+    /// not be tried again and believed.
+    fn remember_failure(&self, text: &str) {
+        if let Some(mut before) = State::load(self.device.id()).filter(|_| self.stays) {
+            before.failed = Some(text.to_string());
+            if let Err(error) = before.store() {
+                tracing::error!("{error:#}");
+            }
+        }
     }
 
     /// Rewrites the record of the device. If it cannot be, service goes on.

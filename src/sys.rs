@@ -70,6 +70,13 @@ pub fn run_on(cpus: &[usize]) -> nix::Result<()> {
     sched_setaffinity(Pid::from_raw(0), &set)
 }
 
+/// Large pieces of memory come from the system one by one, so that they go back there when they are
+/// freed. (By itself the allocator takes them from its heap once one was freed.)
+pub fn return_large_memory() {
+    // SAFETY: takes plain numbers; no other thread allocates yet.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
+}
+
 /// Gives memory that was freed back to the system.
 pub fn trim_memory() {
     // SAFETY: takes a plain number; the allocator does its own locking.

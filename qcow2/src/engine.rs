@@ -30,7 +30,7 @@ use crate::layer::Layer;
 use crate::life::{Life, MAX_INCIDENTS, Mark};
 use crate::mark;
 use crate::metaset::MetaSet;
-use crate::op::{FileId, Op, OpId, OpKind, Outcome, Reply, Request};
+use crate::op::{Op, OpId, OpKind, Outcome, Reply, Request};
 use crate::optable::{OpTable, Owner};
 use crate::options::Options;
 use crate::overlay::Overlay;

@@ -192,6 +192,12 @@ pub enum FailureKind {
 }
 
 impl Failure {
+    /// Is it that the journal of a dead process could not be brought in? It can be tried again.
+    #[must_use]
+    pub fn is_of_journal(self) -> bool {
+        matches!(self.kind, FailureKind::Journal | FailureKind::Adoption(_))
+    }
+
     /// Does it end writing to the image for good?
     #[must_use]
     pub fn is_final(self) -> bool {
