@@ -91,12 +91,7 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
     if let Some(before) = &before {
         state.added_by = before.added_by;
     }
-    let note = |note: &String| format!("{}: {note}", args.file.display());
-    let mut notes: Vec<String> = opened.notes.iter().map(note).collect();
-    if device.queues() < args.queues {
-        let (made, cpus) = (device.queues(), "no more than there are CPUs");
-        notes.push(format!("{made} of {} queues were made: {cpus}", args.queues));
-    }
+    let notes = notes(args, &opened, &device);
     let mut server = Server {
         control,
         device,
@@ -118,6 +113,17 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         .and_then(|()| server.run(opened, reporter));
     server.leave(&result);
     result
+}
+
+/// What the user should know, once all has gone well.
+fn notes(args: &AddArgs, opened: &Opened, device: &Device) -> Vec<String> {
+    let note = |note: &String| format!("{}: {note}", args.file.display());
+    let mut notes: Vec<String> = opened.notes.iter().map(note).collect();
+    if device.queues() < args.queues {
+        let (made, cpus) = (device.queues(), "no more than there are CPUs");
+        notes.push(format!("{made} of {} queues were made: {cpus}", args.queues));
+    }
+    notes
 }
 
 /// Opens the image, and mends what an earlier crash has left in it; or waits until the last server
