@@ -218,7 +218,7 @@ impl Daemon {
         // While the device is live the driver itself says who serves it. Afterwards the number may
         // be another's by now, unless the process has our name.
         let serves = info.state == ublk::STATE_LIVE && info.ublksrv_pid == pid;
-        let ours = serves || process_name(pid).is_some_and(|name| name == own_name());
+        let ours = serves || u32::try_from(pid).is_ok_and(State::is_server);
         ours.then_some(Self { id, pid, handle })
     }
 
@@ -356,11 +356,6 @@ fn process_name(pid: i32) -> Option<String> {
 fn is_stopped(pid: i32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     status.lines().any(|line| line.starts_with("State:\tT"))
-}
-
-/// The name that the kernel shows for this program: a renamed copy serves and deletes its own.
-fn own_name() -> String {
-    i32::try_from(std::process::id()).ok().and_then(process_name).unwrap_or_default()
 }
 
 #[cfg(test)]

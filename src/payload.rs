@@ -105,26 +105,28 @@ impl Payload {
 
     /// Fetches the payload of a write that has just arrived.
     pub fn arrived(&self, tag: u16, len: u32) -> io::Result<()> {
-        let Some(area) = self.copied() else { return Ok(()) };
-        let start = self.start(tag, 0, len);
-        let mut have = 0;
-        while have < len {
-            let offset = ublk::payload_offset(self.queue, tag, have);
-            let at = start + have as usize;
-            have += area.read_from(&self.device, offset, at, (len - have) as usize)?;
-        }
-        Ok(())
+        self.copy_all(tag, len, Area::read_from)
     }
 
     /// Hands the payload of a read over that is about to be committed.
     pub fn leaves(&self, tag: u16, len: u32) -> io::Result<()> {
+        self.copy_all(tag, len, Area::write_to)
+    }
+
+    /// Copies between the first `len` bytes of a request and its buffer, where that is ours to do.
+    fn copy_all(
+        &self,
+        tag: u16,
+        len: u32,
+        copy: impl Fn(&Area, &File, u64, usize, usize) -> io::Result<u32>,
+    ) -> io::Result<()> {
         let Some(area) = self.copied() else { return Ok(()) };
         let start = self.start(tag, 0, len);
         let mut have = 0;
         while have < len {
             let offset = ublk::payload_offset(self.queue, tag, have);
             let at = start + have as usize;
-            have += area.write_to(&self.device, offset, at, (len - have) as usize)?;
+            have += copy(area, &self.device, offset, at, (len - have) as usize)?;
         }
         Ok(())
     }

@@ -25,9 +25,7 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(60);
 pub fn recover(args: &RecoverArgs) -> Result<()> {
     let mut control = Control::open()?;
     control.features()?;
-    let (info, state, recipe) = find(&mut control, args.number)?;
-    let info = without_server(&mut control, info, &state)?;
-    refuse_failed(&state)?;
+    let (info, state, recipe) = waiting(&mut control, args.number)?;
     drop(control);
     let image = state.image_path.clone();
     let what = What::Old { info, state: Box::new(state) };
@@ -78,12 +76,12 @@ pub fn quiesce(args: &QuiesceArgs) -> Result<()> {
     }
 }
 
-/// The same once more with the fence taken: a device of ours, as it is now, without a server.
-pub fn still_waits(control: &mut Control, id: u32) -> Result<(DevInfo, State)> {
-    let (info, state, _) = find(control, id)?;
+/// A device of ours that waits for another server, as it is now.
+pub fn waiting(control: &mut Control, id: u32) -> Result<(DevInfo, State, AddArgs)> {
+    let (info, state, recipe) = find(control, id)?;
     let info = without_server(control, info, &state)?;
     refuse_failed(&state)?;
-    Ok((info, state))
+    Ok((info, state, recipe))
 }
 
 /// A sync that has failed may seem to succeed when it is tried again.

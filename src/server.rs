@@ -139,7 +139,7 @@ fn prepare(
         reporter.stage("waiting for the last server's operations to end")?;
         let fence = Fence::take(info.dev_id)?;
         // Another may have served it since we looked.
-        (*info, **state) = resume::still_waits(&mut control, info.dev_id)?;
+        (*info, **state, _) = resume::waiting(&mut control, info.dev_id)?;
         // A server that has handed its device over has left nothing in its journal.
         wanted.resume = (!args.read_only && !state.handed_over).then_some(info.dev_id);
         reporter.stage("opening the image")?;
@@ -222,6 +222,13 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<State> {
         recipe,
         handed_over: false,
     })
+}
+
+/// Rewrites the record of a device. If it cannot be, service goes on.
+fn record(state: &State) {
+    if let Err(error) = state.store() {
+        tracing::error!("{error:#}");
+    }
 }
 
 struct Server {
@@ -399,17 +406,13 @@ impl Server {
     fn remember_failure(&self, text: &str) {
         if let Some(mut before) = State::load(self.device.id()).filter(|_| self.stays) {
             before.failed = Some(text.to_string());
-            if let Err(error) = before.store() {
-                tracing::error!("{error:#}");
-            }
+            record(&before);
         }
     }
 
-    /// Rewrites the record of the device. If it cannot be, service goes on.
+    /// Rewrites the record of the device.
     fn record(&self) {
-        if let Err(error) = self.state.store() {
-            tracing::error!("{error:#}");
-        }
+        record(&self.state);
     }
 
     /// Stops the device and waits until the queue threads have closed the image.
