@@ -6,7 +6,7 @@
 # Room runs out beneath an image: on a full XFS, for new clusters, for copy-on-write of an overlay
 # and beneath a mounted file system; and on a block device, which cannot grow. Writes are told so,
 # reads go on and are right, and nothing is latched: with room again writes go on, on the same
-# device and on a new one. By hand: PATHS='copy'.
+# device and on a new one. By hand: PATHS='copy', ALL=1.
 source "$(dirname "$0")/lib.sh"
 
 BLOCK=65536
@@ -176,11 +176,12 @@ device_case() {
     say "$what: full after $full blocks of $((mib * 16)); $leaks leaks; $((SECONDS - start)) s"
 }
 
-for path in "${paths[@]}"; do
-    raw_case new
-    raw_case overlay
-    mounted_case
-    device_case
+# Where the room runs out is the engine's affair and how that is told the path's: each case with one
+# of them is enough for every day. All of them with ALL=1.
+for n in "${!paths[@]}"; do
+    path=${paths[n]}
+    [[ -z ${ALL:-} ]] && ((n % 2)) || { raw_case new; mounted_case; }
+    [[ -z ${ALL:-} ]] && ((n % 2 == 0)) || { raw_case overlay; device_case; }
 done
 within 60 umount small
 no_devices

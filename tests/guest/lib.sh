@@ -15,13 +15,19 @@ on_exit() {
     if ((status)); then
         echo "$test_name: FAILED with status $status after $SECONDS s" >&2
         timeout -k 5 15 ublk-qcow2 list >&2 || true
-        dmesg | tail -n 15 >&2 || true
+        kernel_log | tail -n 15 >&2 || true
     else
         echo "$test_name: passed after $SECONDS s"
     fi
 }
 trap on_exit EXIT
 trap "exit 143" TERM
+
+# What the kernel has said since this test began. Tests share a guest, and one before this may have
+# torn a device away from under its users.
+mark="$test_name begins as $$"
+echo "$mark" >/dev/kmsg
+kernel_log() { dmesg | sed "1,/$mark/d"; }
 
 say() { echo "$test_name [$SECONDS s]: $*"; }
 fail() {
