@@ -1,22 +1,19 @@
 //! `/dev/ublk-control`: one typed function per control command.
 //!
-//! Commands are io_uring commands on the control device, sent one at a time. Each has a limit: a
-//! command that the kernel does not finish in time is abandoned together with its ring and its
-//! memory (which stay as they are, since the kernel may still touch them), and the caller gets an
-//! error. Nothing here can hang.
+//! Commands are io_uring commands on the control device, sent one at a time by a process of their
+//! own (`courier.rs`). Each has a limit: a command that the kernel does not finish in time is
+//! abandoned together with that process, and the caller gets an error. Nothing here can hang.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use bytemuck::Pod;
 
-use crate::buffer::{Area, PAGE};
+use crate::courier::{Answer, Courier, Errand, MOST};
 use crate::errno;
-use crate::ring::ControlRing;
 use crate::ublk::{self, Command, CtrlCmd, DevInfo, Params};
 
 const PATH: &str = "/dev/ublk-control";
@@ -48,22 +45,21 @@ impl std::error::Error for ControlError {}
 /// The open control device.
 pub struct Control {
     file: File,
-    ring: ControlRing,
-    scratch: Area,
+    /// None after a command that did not end.
+    courier: Option<Courier>,
 }
 
 impl Control {
-    /// Opens the control device, or says what is missing.
+    /// Opens the control device, or says what is missing. Before there is a second thread.
     pub fn open() -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(PATH).map_err(explain)?;
-        let ring = ControlRing::new().map_err(|error| match error.raw_os_error() {
+        let courier = Courier::start(&file).map_err(|error| match error.raw_os_error() {
             Some(libc::EPERM) => {
                 anyhow!("io_uring is switched off; set the sysctl kernel.io_uring_disabled to 0")
             }
-            _ => anyhow!("cannot make an io_uring: {error}"),
+            _ => anyhow!("cannot start a process with an io_uring for ublk commands: {error}"),
         })?;
-        let scratch = Area::new(PAGE).context("memory for ublk commands")?;
-        Ok(Self { file, ring, scratch })
+        Ok(Self { file, courier: Some(courier) })
     }
 
     /// The driver's feature flags.
@@ -104,15 +100,11 @@ impl Control {
 
     /// The CPUs whose requests go to a queue.
     pub fn affinity(&mut self, id: u32, queue: u16) -> Result<Vec<usize>, ControlError> {
-        const BYTES: usize = 1024;
-        let len = u16::try_from(BYTES).unwrap_or(0);
-        self.scratch.zero(0, BYTES);
-        self.send(ublk::GET_QUEUE_AFFINITY, id, queue.into(), len, LIMIT)?;
-        let mut mask = [0u8; BYTES];
-        self.scratch.copy_out(0, &mut mask);
+        let empty = [0; MOST];
+        let mask = self.send(ublk::GET_QUEUE_AFFINITY, id, queue.into(), &empty, LIMIT)?.bytes;
         // Words in the machine's order: on those with the lowest byte first, bytes count up.
         let set = |cpu: &usize| mask[cpu / 8] >> (cpu % 8) & 1 != 0;
-        Ok((0..BYTES * 8).filter(set).collect())
+        Ok((0..MOST * 8).filter(set).collect())
     }
 
     /// Makes the block device. Every tag has to be fetched, or about to be.
@@ -168,7 +160,7 @@ impl Control {
         data: u64,
         limit: Duration,
     ) -> Result<(), ControlError> {
-        self.send(command, id, data, 0, limit)
+        self.send(command, id, data, &[], limit).map(drop)
     }
 
     /// Sends nothing and gets a value.
@@ -178,10 +170,8 @@ impl Control {
 
     /// Sends a value, and gets what the driver made of it.
     fn exchange<T: Pod>(&mut self, command: Command, id: u32, value: T) -> Result<T, ControlError> {
-        let len = u16::try_from(size_of::<T>()).expect("structures of the interface are small");
-        self.scratch.copy_in(0, bytemuck::bytes_of(&value));
-        self.send(command, id, 0, len, LIMIT)?;
-        Ok(self.scratch.read(0))
+        let answer = self.send(command, id, 0, bytemuck::bytes_of(&value), LIMIT)?;
+        Ok(bytemuck::pod_read_unaligned(&answer.bytes[..size_of::<T>()]))
     }
 
     fn send(
@@ -189,35 +179,24 @@ impl Control {
         command: Command,
         id: u32,
         data: u64,
-        len: u16,
+        bytes: &[u8],
         limit: Duration,
-    ) -> Result<(), ControlError> {
-        let addr = match len {
-            0 => 0,
-            _ => self.scratch.piece(0, u32::from(len)).address() as u64,
-        };
-        let payload =
-            CtrlCmd { dev_id: id, queue_id: u16::MAX, len, addr, data, ..CtrlCmd::default() };
+    ) -> Result<Answer, ControlError> {
         let failed = |errno| ControlError { command: command.name, errno, limit };
-        let result = self.ring.command(self.file.as_raw_fd(), command.code, &payload, limit);
-        match result {
-            Ok(code) if code < 0 => Err(failed(-code)),
-            Ok(_) => Ok(()),
-            Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                self.abandon();
-                Err(failed(errno))
-            }
+        if self.courier.is_none() {
+            // Not where there are threads by now: then there are no more commands.
+            self.courier = Courier::start(&self.file).ok();
         }
-    }
-
-    /// Leaves the ring and the memory to a command that is still under way, and takes fresh ones.
-    fn abandon(&mut self) {
-        if let (Ok(ring), Ok(scratch)) = (ControlRing::new(), Area::new(PAGE)) {
-            let old = std::mem::replace(&mut self.ring, ring);
-            // Closing it could wait for the command.
-            std::mem::forget(old);
-            self.scratch = scratch;
+        let courier = self.courier.as_mut().ok_or(failed(libc::ETIME))?;
+        let payload = CtrlCmd { dev_id: id, queue_id: u16::MAX, data, ..CtrlCmd::default() };
+        match courier.carry(&Errand::new(command.code, payload, bytes), limit) {
+            Ok(answer) if answer.result < 0 => Err(failed(-answer.result)),
+            Ok(answer) => Ok(answer),
+            Err(error) => {
+                // It goes on with its command, and ends after it.
+                self.courier = None;
+                Err(failed(error.raw_os_error().unwrap_or(libc::EIO)))
+            }
         }
     }
 }

@@ -80,9 +80,11 @@ impl Reporter {
     }
 }
 
-/// Runs `serve` in a daemon and returns once it is ready or has failed.
+/// Runs `serve` in a daemon and returns once it is ready or has failed. Where the device `stays`,
+/// whatever becomes of this server, it is left alone: others use it.
 pub fn launch(
     verbosity: Option<Verbosity>,
+    stays: bool,
     serve: impl FnOnce(&mut Reporter) -> Result<()>,
 ) -> Result<()> {
     // Before the fork, so that neither process misses one.
@@ -110,8 +112,8 @@ pub fn launch(
         }
         ForkResult::Parent { child } => {
             drop(writer);
-            Parent { child, pipe: File::from(reader), text: Vec::new(), stage: String::new() }
-                .wait(&signals)
+            let pipe = File::from(reader);
+            Parent { child, stays, pipe, text: Vec::new(), stage: String::new() }.wait(&signals)
         }
     }
 }
@@ -120,7 +122,7 @@ pub fn launch(
 fn detach(reporter: &Reporter) -> Result<()> {
     let Reporter::Parent(pipe) = reporter else { return Ok(()) };
     setsid().context("setsid")?;
-    sys::close_all_but(pipe.as_raw_fd()).context("closing inherited files")?;
+    sys::close_all_but(&[pipe.as_raw_fd()]).context("closing inherited files")?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").context("/dev/null")?;
     dup2_stdin(&null)?;
     dup2_stdout(&null)?;
@@ -129,6 +131,7 @@ fn detach(reporter: &Reporter) -> Result<()> {
 
 struct Parent {
     child: Pid,
+    stays: bool,
     pipe: File,
     /// Received, not yet a whole line.
     text: Vec<u8>,
@@ -178,7 +181,7 @@ impl Parent {
                 }
                 Some(("ready", path)) => {
                     let told = writeln!(io::stdout(), "{path}").and_then(|()| io::stdout().flush());
-                    if told.is_err() {
+                    if told.is_err() && !self.stays {
                         // Nobody knows of the device: it must not stay.
                         self.end_child();
                     }
@@ -224,10 +227,11 @@ impl Parent {
         }
     }
 
-    /// Ends the child, kindly first, and removes what it may have left.
+    /// Ends the child, kindly first, and removes what it may have left. What would stop a device
+    /// that stays is not kind: it waits for its next server after a SIGKILL.
     fn end_child(&self) {
         // A child that is gone already is fine.
-        let _ = kill(self.child, Signal::SIGTERM);
+        let _ = kill(self.child, if self.stays { Signal::SIGKILL } else { Signal::SIGTERM });
         if self.reap(END_LIMIT).is_empty() {
             let _ = kill(self.child, Signal::SIGKILL);
             self.reap(Duration::from_secs(5));
@@ -253,6 +257,9 @@ impl Parent {
 
     /// Deletes the device of a child that did not do so itself.
     fn clean_up(&self) {
+        if self.stays {
+            return;
+        }
         // Without a control device or a list of devices there is none.
         let (Ok(mut control), Ok(ids)) = (Control::open(), device::all()) else { return };
         for id in ids {

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use crate::busy;
 use crate::cli::DelArgs;
-use crate::control::{Control, ControlError};
+use crate::control::{Control, ControlError, LIMIT};
 use crate::device;
 use crate::state::State;
 use crate::sys::PidFd;
@@ -71,7 +71,9 @@ fn delete(control: &mut Control, features: u64, id: u32, force: bool) -> Result<
         }
         None => {
             refuse_others(control, id, &info)?;
-            refuse_recoverable(id, &info, force)?;
+            if !force {
+                refuse_recoverable(control, features, id)?;
+            }
             remove(control, id, force)
         }
     }
@@ -106,26 +108,83 @@ fn refuse_others(control: &mut Control, id: u32, info: &DevInfo) -> Result<()> {
     Ok(())
 }
 
-/// Fails for a device whose dead server has left what another could bring back.
-fn refuse_recoverable(id: u32, info: &DevInfo, force: bool) -> Result<()> {
-    let Some(state) = State::of(info).filter(|state| state.recipe.is_some()) else {
-        return Ok(());
-    };
-    if force || info.state == ublk::STATE_DEAD {
+/// Fails for a device whose dead server has left what another could bring back, and stops one that
+/// was handed over and that nobody uses.
+fn refuse_recoverable(control: &mut Control, features: u64, id: u32) -> Result<()> {
+    let info = control.info(id).map_err(|error| anyhow!(error).context(format!("device {id}")))?;
+    if info.state == ublk::STATE_DEAD || info.flags & ublk::F_USER_RECOVERY == 0 {
         return Ok(());
     }
-    let users = busy::users(id);
-    match state.handed_over {
-        true if users.is_empty() => Ok(()),
-        true => bail!(
-            "device {id} waits for a server and is in use ({}); `ublk-qcow2 recover -n {id}` \
-             serves it again, --force removes it",
-            busy::phrase(&users)
-        ),
-        false => bail!(
+    let Some(state) = State::of(&info) else {
+        bail!(
+            "device {id} waits for another server, and of what its last one has left nothing is \
+             recorded that can be read; --force removes the device"
+        )
+    };
+    if !state.handed_over {
+        bail!(
             "the server of device {id} has died; `ublk-qcow2 recover -n {id}` brings back all that \
              was acknowledged, --force removes the device without what was not flushed"
-        ),
+        )
+    }
+    let refusal = |users: &[String]| {
+        anyhow!(
+            "device {id} waits for a server and is in use ({}); `ublk-qcow2 recover -n {id}` \
+             serves it again, --force removes it",
+            busy::phrase(users)
+        )
+    };
+    let deadline = Instant::now() + PATIENCE;
+    if features & ublk::F_SAFE_STOP_DEV != 0 {
+        return stop_unless_open(control, id, deadline, refusal);
+    }
+    // As with a living server, nobody can mount it from here to its end.
+    let guard = exclusive(id, deadline, refusal)?;
+    let stopped = control.stop(id, LIMIT);
+    drop(guard);
+    stopped.map_err(|error| anyhow!(error).context(format!("device {id}")))
+}
+
+/// Stops a device through the driver, which refuses where it is open.
+fn stop_unless_open(
+    control: &mut Control,
+    id: u32,
+    deadline: Instant,
+    refusal: impl Fn(&[String]) -> anyhow::Error,
+) -> Result<()> {
+    loop {
+        match control.try_stop(id, BUSY_LIMIT) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.errno == libc::EBUSY && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(error) if error.errno == libc::EBUSY => return Err(refusal(&busy::users(id))),
+            // Stopped already: its daemon is about to end.
+            Err(error) if error.errno == libc::ENODEV => return Ok(()),
+            Err(error) => return Err(anyhow!(error).context(format!("device {id}"))),
+        }
+    }
+}
+
+/// Opens a device so that nobody else can mount it, unless somebody uses it; nothing, where its
+/// disk is gone.
+fn exclusive(
+    id: u32,
+    deadline: Instant,
+    refusal: impl Fn(&[String]) -> anyhow::Error,
+) -> Result<Option<fs::File>> {
+    loop {
+        let users = busy::users(id);
+        match busy::open_exclusively(id) {
+            Ok(file) if users.is_empty() => return Ok(Some(file)),
+            // The disk is gone: the device was stopped already.
+            Err(error) if is_gone(&error) && users.is_empty() => return Ok(None),
+            Err(error) if error.raw_os_error() != Some(libc::EBUSY) => {
+                return Err(error).with_context(|| format!("opening /dev/ublkb{id}"));
+            }
+            _ if Instant::now() >= deadline => return Err(refusal(&users)),
+            _ => std::thread::sleep(Duration::from_millis(50)),
+        }
     }
 }
 
@@ -218,7 +277,11 @@ impl Daemon {
         // While the device is live the driver itself says who serves it. Afterwards the number may
         // be another's by now, unless the process has our name.
         let serves = info.state == ublk::STATE_LIVE && info.ublksrv_pid == pid;
-        let ours = serves || u32::try_from(pid).is_ok_and(State::is_server);
+        let ours = serves
+            || match State::of(info) {
+                Some(state) => state.has_server(),
+                None => u32::try_from(pid).is_ok_and(State::is_server),
+            };
         ours.then_some(Self { id, pid, handle })
     }
 
@@ -230,12 +293,12 @@ impl Daemon {
         }
         let deadline = Instant::now() + PATIENCE;
         if features & ublk::F_SAFE_STOP_DEV != 0 {
-            self.stop_unless_open(control, deadline)?;
+            stop_unless_open(control, self.id, deadline, |users| self.refusal(users))?;
             return Ok(Instant::now());
         }
         // Racy: somebody may open the device between this look and its end. While our exclusive
         // open lasts, at least nobody can mount it.
-        let guard = self.exclusive(deadline)?;
+        let guard = exclusive(self.id, deadline, |users| self.refusal(users))?;
         self.terminate()?;
         let told = Instant::now();
         // `wait` has the longer limit; here nobody else can open the device for so long.
@@ -247,42 +310,6 @@ impl Daemon {
         }
         drop(guard);
         Ok(told)
-    }
-
-    fn stop_unless_open(&self, control: &mut Control, deadline: Instant) -> Result<()> {
-        loop {
-            match control.try_stop(self.id, BUSY_LIMIT) {
-                Ok(()) => return Ok(()),
-                Err(error) if error.errno == libc::EBUSY && Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(50));
-                }
-                Err(error) if error.errno == libc::EBUSY => {
-                    return Err(self.refusal(&busy::users(self.id)));
-                }
-                // Stopped already: its daemon is about to end.
-                Err(error) if error.errno == libc::ENODEV => return Ok(()),
-                Err(error) => return Err(anyhow!(error).context(format!("device {}", self.id))),
-            }
-        }
-    }
-
-    fn exclusive(&self, deadline: Instant) -> Result<Option<fs::File>> {
-        loop {
-            let users = busy::users(self.id);
-            let refusal = match busy::open_exclusively(self.id) {
-                Ok(file) if users.is_empty() => return Ok(Some(file)),
-                // The disk is gone: the device was stopped already.
-                Err(error) if is_gone(&error) && users.is_empty() => return Ok(None),
-                Err(error) if error.raw_os_error() != Some(libc::EBUSY) => {
-                    return Err(error).with_context(|| format!("opening /dev/ublkb{}", self.id));
-                }
-                _ => self.refusal(&users),
-            };
-            if Instant::now() >= deadline {
-                return Err(refusal);
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
     }
 
     fn refusal(&self, users: &[String]) -> anyhow::Error {

@@ -36,9 +36,14 @@ pub fn avoid_oom_killer() -> Result<()> {
     fs::write("/proc/self/oom_score_adj", "-1000").context("writing /proc/self/oom_score_adj")
 }
 
-/// Leaves the host's mounts. To be called while there is one thread, with all files open.
+/// Leaves the host's mounts. To be called while there is one thread, with all files open. Stays
+/// with them where the root cannot be left behind: in a chroot, and in an initial RAM disk.
 pub fn leave_mounts() -> Result<()> {
     state::make_folder()?;
+    if !root_can_be_left(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()) {
+        tracing::warn!("no mount namespace of its own: the root is no mount that can be left");
+        return Ok(());
+    }
     unshare(CloneFlags::CLONE_NEWNS).context("unshare")?;
     // In the new namespace: a mount of the old one cannot be bound here.
     let mut keep = vec![(folder(state::FOLDER)?, PathBuf::from(state::FOLDER))];
@@ -72,6 +77,17 @@ pub fn leave_mounts() -> Result<()> {
     mount(none, "/", none, read_only, none).context("making the root read-only")
 }
 
+/// Whether `pivot_root` can work, from `/proc/self/mountinfo`: proc_pid_mountinfo(5). Where that
+/// cannot be read it will be seen.
+fn root_can_be_left(mounts: &str) -> bool {
+    // ID PARENT MAJOR:MINOR ROOT MOUNTPOINT OPTIONS... - TYPE SOURCE ...
+    let at_root = mounts.lines().rfind(|line| line.split(' ').nth(4) == Some("/"));
+    match at_root.and_then(|line| line.split_once(" - ")) {
+        Some((_, kind)) => !kind.starts_with("rootfs "),
+        None => mounts.is_empty(),
+    }
+}
+
 /// Makes an open folder or socket appear at its place below `root`.
 fn bind(file: &File, place: &Path, root: &Path) -> Result<()> {
     let to = root.join(place.strip_prefix("/")?);
@@ -90,4 +106,21 @@ fn folder(path: &str) -> Result<File> {
     let mut options = OpenOptions::new();
     let options = options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY);
     options.open(path).with_context(|| format!("opening {path}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chroot_and_an_initial_ram_disk_are_no_root_to_leave() {
+        let disk = "21 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw\n";
+        let ram = "1 1 0:2 / / rw - rootfs rootfs rw\n";
+        let proc = "23 21 0:21 / /proc rw,nosuid - proc proc rw\n";
+        assert!(root_can_be_left(&format!("{disk}{proc}")));
+        assert!(root_can_be_left(&format!("{ram}{proc}{disk}")));
+        assert!(!root_can_be_left(&format!("{ram}{proc}")));
+        assert!(!root_can_be_left(proc));
+        assert!(root_can_be_left(""));
+    }
 }

@@ -46,6 +46,8 @@ pub fn run(args: &ListArgs) -> Result<()> {
             Err(error) => return Err(anyhow!(error).context(format!("device {id}"))),
         }
     }
+    // Only now: asking takes threads, and after those there are no new processes for commands.
+    entries.iter_mut().for_each(Entry::ask);
     let text = match args.json {
         true => {
             let all: Vec<Value> = entries.iter().map(Entry::json).collect();
@@ -62,8 +64,12 @@ impl Entry {
         // A device that was added but never given parameters has none.
         let params = control.params(id).unwrap_or_default();
         let state = State::of(&info);
-        let figures = state.as_ref().and_then(|_| state::figures(id, PATIENCE));
-        Ok(Self { info, params, state, figures })
+        Ok(Self { info, params, state, figures: None })
+    }
+
+    fn ask(&mut self) {
+        let id = self.info.dev_id;
+        self.figures = self.state.as_ref().and_then(|_| state::figures(id, PATIENCE));
     }
 
     /// The live figures as we read them; of none nothing.

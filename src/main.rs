@@ -26,6 +26,7 @@ mod check;
 mod cli;
 mod control;
 mod core;
+mod courier;
 mod daemon;
 mod decode;
 mod del;
@@ -106,17 +107,19 @@ fn main() -> ExitCode {
 }
 
 fn add(args: &AddArgs) -> Result<()> {
-    run_server(args.foreground, args.log, |reporter| server::serve(args, What::New, reporter))
+    let serve = |reporter: &mut Reporter| server::serve(args, What::New, reporter);
+    run_server(args.foreground, args.log, false, serve)
 }
 
-/// Runs a server, in a daemon or here.
+/// Runs a server, in a daemon or here; of a device that `stays` when the server does not, or not.
 pub fn run_server(
     foreground: bool,
     verbosity: Option<log::Verbosity>,
+    stays: bool,
     serve: impl FnOnce(&mut Reporter) -> Result<()>,
 ) -> Result<()> {
     if !foreground {
-        return daemon::launch(verbosity, serve);
+        return daemon::launch(verbosity, stays, serve);
     }
     log::open(foreground, verbosity);
     let result = serve(&mut Reporter::Foreground);

@@ -7,8 +7,9 @@ use nix::unistd::Pid;
 
 use crate::cli::{AddArgs, QuiesceArgs, RecoverArgs};
 use crate::control::Control;
+use crate::daemon::Reporter;
 use crate::server::{self, What};
-use crate::state::State;
+use crate::state::{FOLDER, State};
 use crate::sys::PidFd;
 use crate::ublk::{self, DevInfo};
 
@@ -30,7 +31,8 @@ pub fn recover(args: &RecoverArgs) -> Result<()> {
     let image = state.image_path.clone();
     let what = What::Old { info, state: Box::new(state) };
     let verbosity = args.log.or(recipe.log);
-    crate::run_server(args.foreground, verbosity, |reporter| server::serve(&recipe, what, reporter))
+    let serve = |reporter: &mut Reporter| server::serve(&recipe, what, reporter);
+    crate::run_server(args.foreground, verbosity, true, serve)
         .with_context(|| format!("device {}, image {image}", args.number))
 }
 
@@ -103,7 +105,10 @@ fn find(control: &mut Control, id: u32) -> Result<(DevInfo, State, AddArgs)> {
         _ => anyhow!(error).context(format!("device {id}")),
     })?;
     let state = State::of(&info).with_context(|| {
-        format!("nothing is recorded of device {id}; it is not one of ublk-qcow2")
+        format!(
+            "of device {id} nothing is recorded in {FOLDER} that can be read; it is not one of \
+             ublk-qcow2, or of another version of it"
+        )
     })?;
     let Some(recipe) = state.recipe.clone() else {
         bail!(
@@ -118,7 +123,7 @@ fn find(control: &mut Control, id: u32) -> Result<(DevInfo, State, AddArgs)> {
 fn without_server(control: &mut Control, found: DevInfo, state: &State) -> Result<DevInfo> {
     let id = found.dev_id;
     if let Some(server) = pid_of(state).and_then(|pid| PidFd::open(pid).ok())
-        && State::is_server(state.pid)
+        && state.has_server()
         && !server.ended_within(Duration::from_secs(1)).context("poll")?
     {
         bail!(

@@ -10,9 +10,9 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::types::{Fd, FsyncFlags, Timespec};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 
 use crate::buffer::Piece;
@@ -224,37 +224,22 @@ impl ControlRing {
         Ok(Self(IoUring::builder().dontfork().build(4)?))
     }
 
-    /// Sends one command and waits for its result, but no longer than `limit`: then the error is
-    /// ETIME, the command is still under way, and neither this ring nor the memory that the
-    /// command names may be used again.
-    pub fn command(
-        &mut self,
-        fd: RawFd,
-        code: u32,
-        payload: &ublk::CtrlCmd,
-        limit: Duration,
-    ) -> io::Result<i32> {
+    /// Sends one command and waits for its result, however long that takes.
+    pub fn command(&mut self, fd: RawFd, code: u32, payload: &ublk::CtrlCmd) -> io::Result<i32> {
         let mut bytes = [0; 80];
         bytes[..size_of::<ublk::CtrlCmd>()].copy_from_slice(bytemuck::bytes_of(payload));
         let entry = opcode::UringCmd80::new(Fd(fd), code).cmd(bytes).build();
         // SAFETY: the address in the payload is that of an area, which is never unmapped.
         let pushed = unsafe { self.0.submission().push(&entry) };
         assert!(pushed.is_ok(), "commands are sent one at a time");
-        let deadline = Instant::now() + limit;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let wait = Timespec::from(left);
-            let args = SubmitArgs::new().timespec(&wait);
-            match self.0.submitter().submit_with_args(1, &args) {
+            match self.0.submitter().submit_and_wait(1) {
                 Ok(_) => {}
                 Err(error) if is_passing(&error) => {}
                 Err(error) => return Err(error),
             }
             if let Some(completion) = self.0.completion().next() {
                 return Ok(completion.result());
-            }
-            if left.is_zero() {
-                return Err(io::Error::from_raw_os_error(libc::ETIME));
             }
         }
     }

@@ -205,6 +205,7 @@ fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<State> {
     Ok(State {
         id: device.id(),
         pid: std::process::id(),
+        pid_since: state::process_start(std::process::id()).unwrap_or(0),
         added_by: std::process::id(),
         image: args.file.to_string_lossy().into_owned(),
         image_path: absolute.to_string_lossy().into_owned(),

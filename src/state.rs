@@ -33,6 +33,9 @@ pub struct State {
     pub id: u32,
     /// The process that serves it.
     pub pid: u32,
+    /// When that began, in the kernel's ticks since the machine did: its number may become another's.
+    #[serde(default)]
+    pub pid_since: u64,
     /// The process that added it: what the driver keeps as the device's mark.
     pub added_by: u32,
     /// The image as it was given on the command line.
@@ -64,6 +67,13 @@ pub struct State {
     /// The server has closed the image and ended, and the device waits for another.
     #[serde(default)]
     pub handed_over: bool,
+}
+
+/// When a process began, in ticks since the machine did.
+pub fn process_start(pid: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // proc(5): the 22nd field; the second is a name in brackets, which may hold anything.
+    text.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 /// The path of a file of our own about a device.
@@ -102,7 +112,7 @@ impl State {
         states.find(|state| {
             let there = Path::new(&format!("/dev/ublkc{}", state.id)).exists();
             let waits = state.recipe.is_some() && !state.read_only && there;
-            waits && state.identity == identity && !Self::is_server(state.pid)
+            waits && state.identity == identity && !state.has_server()
         })
     }
 
@@ -127,6 +137,12 @@ impl State {
         let marked = device::marked_pid(info)?;
         let recorded = Self::of(info).and_then(|state| i32::try_from(state.pid).ok());
         Some(recorded.unwrap_or(marked))
+    }
+
+    /// Whether the process that is recorded still runs. (It may have ended, and not be waited for.)
+    pub fn has_server(&self) -> bool {
+        let same = self.pid_since == 0 || process_start(self.pid) == Some(self.pid_since);
+        same && Self::is_server(self.pid)
     }
 
     /// Whether a process has the name of this program; it may be a renamed copy, and so have we.

@@ -1,6 +1,6 @@
 //! System calls that no crate of ours wraps safely. (One of the four files with `unsafe`.)
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -83,11 +83,20 @@ pub fn trim_memory() {
     unsafe { libc::malloc_trim(0) };
 }
 
-/// Splits the process in two. Must be called before any thread or ring exists.
+/// Splits the process in two. EAGAIN where there is more than one thread, or no telling.
 pub fn fork() -> nix::Result<ForkResult> {
-    // SAFETY: only one thread exists (callers start the first one later), so no lock can be held
-    // by a thread that the child does not have.
+    let threads = fs::read_dir("/proc/self/task").map(Iterator::count);
+    if !threads.is_ok_and(|count| count == 1) {
+        return Err(Errno::EAGAIN);
+    }
+    // SAFETY: only this thread exists, so no lock can be held by one that the child does not have.
     unsafe { nix::unistd::fork() }
+}
+
+/// Ends a child made by [`fork`] at once: what its parent wants done at the end is not its own.
+pub fn leave() -> ! {
+    // SAFETY: ends the process, whatever its state.
+    unsafe { libc::_exit(0) }
 }
 
 /// A descriptor that names exactly this process, even after its number is used again. Readable
@@ -156,19 +165,21 @@ pub fn ignore_signals() {
     }
 }
 
-/// Closes every descriptor from 3 on, except `keep`.
-pub fn close_all_but(keep: RawFd) -> io::Result<()> {
-    let keep = libc::c_uint::try_from(keep).map_err(io::Error::other)?;
-    let ranges = [(3, keep.saturating_sub(1)), (keep.saturating_add(1), libc::c_uint::MAX)];
-    for (first, last) in ranges {
-        if first > last {
-            continue;
+/// Closes every descriptor from 3 on, except those in `keep`. Only right after a fork, where no
+/// owner of a descriptor is used any more but of those that are kept.
+pub fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
+    let mut keep: Vec<_> = keep.iter().filter_map(|&fd| libc::c_uint::try_from(fd).ok()).collect();
+    keep.sort_unstable();
+    let mut first = 3;
+    for end in keep.into_iter().chain([libc::c_uint::MAX]) {
+        // The last one is no descriptor, so it does not matter that it stays.
+        if first < end {
+            // SAFETY: see above; the range has none that is used.
+            if unsafe { libc::close_range(first, end - 1, 0) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
         }
-        // SAFETY: called right after a fork, when this program has opened nothing but `keep`, so
-        // that no owner of a descriptor exists that would be closed behind its back.
-        if unsafe { libc::close_range(first, last, 0) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        first = end.saturating_add(1).max(first);
     }
     Ok(())
 }

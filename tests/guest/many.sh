@@ -22,6 +22,11 @@ servers() {
 }
 nothing_left() {
     no_devices
+    # The process that sent a server's commands ends when it has seen that its server did.
+    for _ in {1..20}; do
+        [[ $(servers) != 0 ]] || break
+        sleep 0.1
+    done
     [[ $(servers) == 0 ]] || fail "$1: $(servers) servers are left"
     [[ -z $(ls /run/ublk-qcow2) ]] || fail "$1: left in /run/ublk-qcow2: $(ls /run/ublk-qcow2)"
     [[ -z $(within 20 ublk-qcow2 list) ]] || fail "$1: list shows $(within 20 ublk-qcow2 list)"
@@ -91,6 +96,11 @@ done
 most=0
 while read -r n pid caches tables; do
     read -r all pool shared < <(memory "$pid")
+    # With the process that sends its commands.
+    for child in $(cat "/proc/$pid/task/$pid/children"); do
+        read -r more _ _ < <(memory "$child")
+        all=$((all + more))
+    done
     rest=$((all - pool - caches / 1024))
     ((n % 16)) || say "device $n: resident $all KiB; payload pool $pool," \
         "caches $((caches / 1024)), the rest $rest, of that the program's own pages $shared" \

@@ -72,12 +72,49 @@ for other in 'add -f image.qcow2' 'check -f image.qcow2 --repair leaks'; do
     ! within 20 ublk-qcow2 $other 2>err || fail "$other changed what a device waits for"
     grep -q "recover -n $id" err || fail "$other: $(<err)"
 done
+# That its path cannot be printed, and that somebody interrupts it, ends no device.
+! within 60 ublk-qcow2 recover -n "$id" >/dev/full 2>err || fail "recover printed to a full disk"
+[[ $(ublk-qcow2 list --json -n "$id" | jq -r '.[0].health') == good ]] ||
+    fail "recover that could not print took the server away: $(ublk-qcow2 list -n "$id")"
+kill -KILL "$(daemon_of "$id")"
+timeout -s INT 0.1 ublk-qcow2 recover -n "$id" >/dev/null 2>err || true
+[[ -b $dev ]] || fail "a recover that was interrupted removed the device"
+kill -KILL "$(jq .pid "/run/ublk-qcow2/$id.json")" 2>/dev/null || true
+until_true 10 bash -c "ublk-qcow2 list -n $id | grep -q 'state QUIESCED'"
+
+# A process of another device that has the dead server's number by now; and a record that cannot be
+# read.
+first=$id first_dev=$dev record=/run/ublk-qcow2/$id.json
+cp "$record" record
+echo '{' >"$record"
+! within 20 ublk-qcow2 del -n "$id" 2>err || fail "del gave up a device whose record is broken"
+grep -q -e '--force' err || fail "del with a broken record: $(<err)"
+! within 20 ublk-qcow2 recover -n "$id" 2>err || fail "recover made something of a broken record"
+grep -q 'can be read' err || fail "recover with a broken record: $(<err)"
+create other.qcow2 1M
+add other.qcow2
+jq ".pid = $(daemon_of "$id")" record >"$record"
+other=$id id=$first dev=$first_dev
 within 60 ublk-qcow2 recover -n "$id" >/dev/null || fail "recover failed"
+del_number "$other"
 echo 3 >/proc/sys/vm/drop_caches
 cmp -n $((8 << 20)) data "$dev" || fail "what was acknowledged is not there"
 del
 sound image.qcow2
-rm image.qcow2 data
+rm image.qcow2 other.qcow2 data
+if [[ $VM_KERNEL == new ]]; then
+    # What was handed over has nothing to lose, but perhaps users.
+    create image.qcow2 1M
+    add image.qcow2 --recovery queue
+    within 60 ublk-qcow2 quiesce -n "$id" || fail "quiesce failed"
+    exec 9<"$dev"
+    ! within 20 ublk-qcow2 del -n "$id" 2>err || fail "del of a device that somebody has open"
+    grep -q "recover -n $id" err || fail "del of an open device without a server: $(<err)"
+    exec 9<&-
+    del
+    clean image.qcow2
+    rm image.qcow2
+fi
 
 # --- under load ---
 size_of=(512M 256M)

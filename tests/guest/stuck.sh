@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # kernels: old new
 # disk: no
-# timeout: 120
+# timeout: 180
 # memory: 4G
 # A disk beneath that hangs for more than 30 s: list, stats and the log say so, once; when it goes
-# on, all I/O does, and nothing is stuck any more.
+# on, all I/O does, and nothing is stuck any more. And a server that is killed on such a disk while
+# it stops can be killed.
 source "$(dirname "$0")/lib.sh"
 
 sectors=$((400 * 2048)) # The least of XFS is 300 MiB.
@@ -57,6 +58,25 @@ ended=$(grep -c "daemon.warn.*device $id: no more stuck: .* on the image, after"
     fail "$begun lines of the beginning, $ended of the end: $(cat syslog)"
 del
 clean disk/image.qcow2
+
+# --- a server that waits for the disk in order to stop ---
+add disk/image.qcow2
+pid=$(daemon_of "$id")
+dm suspend --noflush --nolockfs beneath
+dd if=cluster of="$dev" bs=64k seek=2 oflag=direct conv=notrunc status=none 2>dd.err &
+writer=$!
+sleep 1
+kill -TERM "$pid"
+sleep 1
+within 20 ublk-qcow2 list -n "$id" | grep -q "^dev id $id:" || fail "list beside a stop that waits"
+kill -KILL "$pid"
+sleep 1
+dm resume beneath
+until_true 20 test ! -e "/proc/$pid"
+! wait $writer || say "the write was done all the same"
+within 60 ublk-qcow2 del -n "$id" 2>del.err || say "del: $(<del.err)"
+gone "$id"
+sound disk/image.qcow2
 within 60 umount disk
 dm remove beneath
 no_devices
