@@ -66,7 +66,6 @@
 //! | [`read`], [`write`], [`zero`], [`copy`] | the steps of each kind of request; copy-on-write |
 //! | [`allocator`], [`refblock`] | the reservation of free clusters; new refcount blocks |
 //! | [`extend`] | making the file longer |
-//! | [`extend`] | making the file longer |
 //! | [`quarantine`] | from the last reference to being free |
 //! | [`epoch`], [`overlay`] | what an fdatasync covers; mappings whose data it does not yet |
 //! | [`flush`], [`grow`] | rounds, and moving the refcount table |
@@ -74,6 +73,7 @@
 //! | [`options`], [`error`] | options from the command line; what goes wrong |
 //! | [`check`] | a consistency checker that shares nothing with the engine, and its repairs |
 //! | [`info`] | what any image says of itself |
+//! | [`resize`] | growing the virtual disk, while nobody serves it |
 //! | `testing` | a simulated disk and what drives it (feature `testing`) |
 
 #![no_std]
@@ -119,6 +119,7 @@ mod record;
 mod refblock;
 mod report;
 mod request;
+pub mod resize;
 mod snapshot;
 mod table;
 #[cfg(feature = "testing")]

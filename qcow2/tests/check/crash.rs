@@ -45,7 +45,7 @@ impl Disk {
     }
 }
 
-fn apply(image: &mut Vec<u8>, event: &Event) {
+pub(crate) fn apply(image: &mut Vec<u8>, event: &Event) {
     match event {
         Event::Write(at, bytes) => {
             let at = usize::try_from(*at).unwrap();
@@ -88,7 +88,7 @@ impl RepairIo for Disk {
 }
 
 /// The events with every write cut into sectors.
-fn sectors(events: &[Event]) -> Vec<Event> {
+pub(crate) fn sectors(events: &[Event]) -> Vec<Event> {
     let mut cut = Vec::new();
     for event in events {
         let Event::Write(at, bytes) = event else {

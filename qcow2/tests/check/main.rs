@@ -12,4 +12,5 @@ mod damage;
 mod dice;
 mod images;
 mod repair;
+mod resize;
 mod verdict;
