@@ -24,6 +24,7 @@ Examples:
   ublk-qcow2 add -f overlay.qcow2 --allow-backing /srv/templates
   ublk-qcow2 list --json
   ublk-qcow2 stats -n 0 --watch
+  ublk-qcow2 resize -n 0 40G
   ublk-qcow2 del -n 0
   ublk-qcow2 info -f vm.qcow2
   ublk-qcow2 check -f vm.qcow2 --repair leaks
@@ -108,6 +109,14 @@ Requests under way end, the image is closed, the server ends; the device stays, 
 until `ublk-qcow2 recover -n ID` serves them, with this or another version of the program. No
 request fails. Needs `add --recovery` and Linux 6.16.")]
     Quiesce(QuiesceArgs),
+    /// Make the disk of a device larger while it is in use.
+    #[command(after_help = "\
+Grows the image, and then the device; whoever uses it is told (of a file system: resize2fs,
+xfs_growfs). Requests wait for a moment, and none fails. Nothing is made smaller. Needs Linux 6.16.
+
+Refused, with the reason, for images with persistent bitmaps, an external data file, or a backing
+file that is longer than the disk; `qemu-img resize` grows some of them while nobody uses them.")]
+    Resize(ResizeArgs),
     /// Show ublk devices, also those of other servers.
     #[command(after_help = LIST_FIELDS)]
     List(ListArgs),
@@ -278,6 +287,18 @@ pub struct QuiesceArgs {
     pub number: u32,
 }
 
+/// `resize`
+#[derive(Args, Debug)]
+pub struct ResizeArgs {
+    /// The device number N of /dev/ublkbN.
+    #[arg(short = 'n', long = "number", value_name = "ID")]
+    pub number: u32,
+
+    /// The new size of the disk in bytes; K, M, G and T are powers of 1024.
+    #[arg(value_name = "SIZE", value_parser = size)]
+    pub size: u64,
+}
+
 /// `add --discard`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Discard {
@@ -416,15 +437,16 @@ fn block_size(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Bytes, with K, M or G for powers of 1024.
+/// Bytes, with K, M, G or T for powers of 1024.
 fn size(text: &str) -> Result<u64, String> {
-    let error = || "expected a number of bytes, or one with K, M or G".to_string();
+    let error = || "expected a number of bytes, or one with K, M, G or T".to_string();
     let digits = text.trim_end_matches(|unit: char| unit.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
         "" | "B" => 0,
         "K" | "KIB" => 10,
         "M" | "MIB" => 20,
         "G" | "GIB" => 30,
+        "T" | "TIB" => 40,
         _ => return Err(error()),
     };
     let number: u64 = digits.parse().map_err(|_| error())?;
@@ -446,6 +468,7 @@ mod tests {
         assert_eq!(size("512"), Ok(512));
         assert_eq!(size("8M"), Ok(8 << 20));
         assert_eq!(size("1kib"), Ok(1024));
-        assert!(size("").is_err() && size("1T").is_err() && size("99999999999G").is_err());
+        assert_eq!(size("2T"), Ok(2 << 40));
+        assert!(size("").is_err() && size("1P").is_err() && size("99999999999G").is_err());
     }
 }

@@ -87,6 +87,16 @@ impl Control {
         self.receive(ublk::GET_DEV_INFO, id, DevInfo::default())
     }
 
+    /// The same of a device that somebody has named.
+    pub fn named(&mut self, id: u32) -> Result<DevInfo> {
+        self.info(id).map_err(|error| match error.errno {
+            libc::ENODEV => {
+                anyhow!("there is no ublk device {id}; `ublk-qcow2 list` shows all")
+            }
+            _ => anyhow!(error).context(format!("device {id}")),
+        })
+    }
+
     /// Sets the parameters of a device that was not started yet.
     pub fn set_params(&mut self, id: u32, params: Params) -> Result<(), ControlError> {
         self.exchange(ublk::SET_PARAMS, id, params).map(drop)
@@ -128,6 +138,11 @@ impl Control {
     pub fn quiesce(&mut self, id: u32, limit: Duration) -> Result<(), ControlError> {
         let ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         self.plain(ublk::QUIESCE_DEV, id, ms, limit + LIMIT)
+    }
+
+    /// Gives a device that has started a new size, in sectors of 512 bytes.
+    pub fn update_size(&mut self, id: u32, sectors: u64) -> Result<(), ControlError> {
+        self.plain(ublk::UPDATE_SIZE, id, sectors, LIMIT)
     }
 
     /// Stops the device, also one that is open, after its requests have ended.

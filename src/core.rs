@@ -10,7 +10,7 @@
 //! poker's flag comes before that lock, and what was seen is found, or a new poke follows.
 
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -24,6 +24,8 @@ pub struct Core {
     peers: Vec<Peer>,
     /// Queues to which requests may still come.
     open: AtomicUsize,
+    /// Bytes of the virtual disk.
+    size: AtomicU64,
     begin: Instant,
 }
 
@@ -31,6 +33,8 @@ pub struct Core {
 pub struct Locked {
     pub engine: Engine,
     journal: Option<Journal>,
+    /// Requests wait outside, and an engine that is closed is not the end.
+    pub held: bool,
 }
 
 impl Locked {
@@ -53,7 +57,8 @@ impl Core {
     pub fn new(engine: Engine, journal: Option<Journal>, queues: u16) -> Self {
         let peer = || Peer { ring: AtomicI32::new(-1), poked: AtomicBool::new(false) };
         Self {
-            engine: Mutex::new(Locked { engine, journal }),
+            size: AtomicU64::new(engine.virtual_size()),
+            engine: Mutex::new(Locked { engine, journal, held: false }),
             peers: (0..queues).map(|_| peer()).collect(),
             open: AtomicUsize::new(queues.into()),
             begin: Instant::now(),
@@ -68,6 +73,24 @@ impl Core {
     /// The engine. A thread that panics takes the process with it, so the lock is never poisoned.
     pub fn lock(&self) -> MutexGuard<'_, Locked> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of the virtual disk: no request reaches beyond.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Another engine for the same image, made from the present one, which is closed.
+    pub fn replace<E>(&self, make: impl FnOnce(&mut Engine) -> Result<Engine, E>) -> Result<(), E> {
+        let mut locked = self.lock();
+        // The last thing that the old one has recorded is that nothing is of need any more.
+        locked.record();
+        locked.engine = make(&mut locked.engine)?;
+        self.size.store(locked.engine.virtual_size(), Ordering::Release);
+        if self.open.load(Ordering::Acquire) == 0 {
+            locked.engine.close();
+        }
+        Ok(())
     }
 
     /// Milliseconds since this was made: the engine's time.

@@ -55,10 +55,7 @@ fn is_ours(control: &mut Control, id: u32) -> bool {
 }
 
 fn delete(control: &mut Control, features: u64, id: u32, force: bool) -> Result<()> {
-    let info = control.info(id).map_err(|error| match error.errno {
-        libc::ENODEV => anyhow!("there is no ublk device {id}; `ublk-qcow2 list` shows all"),
-        _ => anyhow!(error).context(format!("device {id}")),
-    })?;
+    let info = control.named(id)?;
     match Daemon::of(id, &info) {
         Some(daemon) => {
             // A device that is only just being started has no disk yet that could be open.

@@ -173,7 +173,8 @@ impl MainEnd {
         Reports { engine: reports.0, queues: reports.1.clone(), silent: silent(&reports.1) }
     }
 
-    fn wake(&self) {
+    /// Lets each queue thread look what there is to do.
+    pub fn wake(&self) {
         for queue in &self.shared.to_queues {
             let _ = queue.write(1);
         }

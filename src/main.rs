@@ -8,6 +8,7 @@
 //!              │  └ notify       │  └ recover, backing, snapshots, bitmaps
 //!              ├ resume (recover,├ device ─ control             ublk's control commands
 //!              │   quiesce)      ├ state, journal, fence        what outlives the server
+//!              ├ resize ─────────┤                              a larger disk, while it is used
 //!              ├ del, list       ├ isolate, log                 own mounts, locked memory
 //!              ├ stats           ├ figures                      what `list` and `stats` show
 //!              │  └ prometheus   └ link ─ queue ─ decode        a thread for each queue: all I/O
@@ -55,6 +56,7 @@ mod pool;
 mod prometheus;
 mod queue;
 mod recover;
+mod resize;
 mod resume;
 mod ring;
 mod server;
@@ -90,6 +92,7 @@ fn main() -> ExitCode {
         Command::Del(args) => ("".into(), del::run(args).map(|()| 0)),
         Command::Recover(args) => ("".into(), resume::recover(args).map(|()| 0)),
         Command::Quiesce(args) => ("".into(), resume::quiesce(args).map(|()| 0)),
+        Command::Resize(args) => ("".into(), resize::run(args).map(|()| 0)),
         Command::List(args) => ("".into(), list::run(args).map(|()| 0)),
         Command::Stats(args) => ("".into(), stats::run(args).map(|()| 0)),
         Command::Features => ("".into(), list::features().map(|()| 0)),

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::OFlag;
-use qcow2::{Engine, Header, Image, Options};
+use qcow2::{Engine, Header, Health, Image, Layer, Options};
 
 pub use crate::direct::Mode;
 use crate::files::{Files, Source, open_image};
@@ -100,26 +100,14 @@ fn open_for(wanted: &Wanted, purpose: Purpose) -> Result<Opened> {
         None => header,
     };
     let data = open_data_file(&header, wanted, &file, &mut notes)?;
-    let l1 = file.extent(header.l1_extent()).context("reading the L1 table")?;
-    let refcounts = header.refcount_table_extent();
-    let refcounts = file.extent(refcounts).context("reading the refcount table")?;
     let mut known = vec![file.identity()?];
     known.extend(data.as_ref().map(Source::identity).transpose()?);
     let allow = &wanted.allow_backing;
     let beneath = backing::chain(&wanted.path, file.kind, known, &header, allow, wanted.lock)?;
     notes.extend(beneath.notes);
 
-    let (version, bitmaps, table) = (header.version(), header.bitmaps(), header.snapshots());
-    let mut image = Image::new(header, &l1, &refcounts, len)?.with_layers(beneath.layers)?;
-    if let Some(data) = &data {
-        image = image.with_data_file(data.len().context("the data file")?);
-    }
-    let mut marks = None;
-    if !read_only {
-        table.map_or(Ok(()), |table| snapshots::protect(&mut image, table, &file))?;
-        let found = bitmaps.map(|all| bitmaps::protect(&mut image, all, &file, geometry));
-        marks = found.transpose()?.flatten();
-    }
+    let version = header.version();
+    let (image, marks) = assemble(&file, data.as_ref(), header, beneath.layers, read_only)?;
     let alignment = data.as_ref().map_or(1, |data| data.alignment).max(file.alignment).max(512);
     let fixed_size = file.kind.is_device();
     let options = Options { alignment, fixed_size, ..wanted.options.clone() };
@@ -136,6 +124,43 @@ fn open_for(wanted: &Wanted, purpose: Purpose) -> Result<Opened> {
     let files = Files { image: file, data, beneath: beneath.files };
     let cluster_bits = geometry.cluster_bits();
     Ok(Opened { files, engine, direct, notes, version, cluster_bits, marks, journal })
+}
+
+/// The image of a header, with what else the file says of it.
+fn assemble(
+    file: &Source,
+    data: Option<&Source>,
+    header: Header,
+    layers: Vec<Layer>,
+    read_only: bool,
+) -> Result<(Image, Option<bitmaps::Marks>)> {
+    let l1 = file.extent(header.l1_extent()).context("reading the L1 table")?;
+    let refcounts = header.refcount_table_extent();
+    let refcounts = file.extent(refcounts).context("reading the refcount table")?;
+    let len = file.len().context("cannot get the length of the file")?;
+    let (bitmaps, table, geometry) = (header.bitmaps(), header.snapshots(), header.geometry());
+    let mut image = Image::new(header, &l1, &refcounts, len)?.with_layers(layers)?;
+    if let Some(data) = data {
+        image = image.with_data_file(data.len().context("the data file")?);
+    }
+    if read_only {
+        return Ok((image, None));
+    }
+    table.map_or(Ok(()), |table| snapshots::protect(&mut image, table, file))?;
+    let found = bitmaps.map(|all| bitmaps::protect(&mut image, all, file, geometry));
+    Ok((image, found.transpose()?.flatten()))
+}
+
+/// An engine for the image of one that is closed, which is open as it was, after somebody else has
+/// written to it. It takes no writes where the old one has failed.
+pub fn again(files: &Files, old: &mut Engine) -> Result<Engine> {
+    let failed = matches!(old.health(), Health::Failed(_));
+    let options = Options { read_only: failed, ..old.options().clone() };
+    let len = files.image.len().context("cannot get the length of the file")?;
+    let header = read_header(&files.image, len, failed, Purpose::Serve)?;
+    let layers = old.take_layers();
+    let (image, _) = assemble(&files.image, files.data.as_ref(), header, layers, failed)?;
+    Ok(Engine::new(image, &options)?.succeed(old))
 }
 
 fn read_header(file: &Source, len: u64, read_only: bool, purpose: Purpose) -> Result<Header> {

@@ -328,9 +328,12 @@ impl Queue {
         for ended in self.ended.drain(..) {
             self.driver.finish(engine, ended);
         }
-        for (tag, request) in self.requests.drain(..) {
-            engine.submit(self.number, tag, request);
+        if !locked.held {
+            for (tag, request) in self.requests.drain(..) {
+                locked.engine.submit(self.number, tag, request);
+            }
         }
+        let held = locked.held;
         locked.record();
         let engine = &mut locked.engine;
         // What does not fit stays in the engine until completions make room.
@@ -349,8 +352,11 @@ impl Queue {
         {
             self.link.tell(Event::Failed(failure.to_string()));
         }
-        self.seen =
-            Seen { ready: engine.is_ready(), closed: engine.is_closed(), health: engine.health() };
+        self.seen = Seen {
+            ready: engine.is_ready(),
+            closed: engine.is_closed() && !held,
+            health: engine.health(),
+        };
         let report = (self.report && self.is_first()).then(|| report(engine));
         for queue in 0..core.queues() {
             let wanted = self.seen.closed || engine.has_something_for(queue);
@@ -450,7 +456,8 @@ impl Queue {
 
     /// The request, with its payload here. Or the error to reply with.
     fn accept(&mut self, tag: u16, desc: &ublk::IoDesc) -> Result<Request, i32> {
-        let (request, success) = decode(desc, &self.limits)?;
+        let limits = Limits { size: self.core.size(), ..self.limits };
+        let (request, success) = decode(desc, &limits)?;
         if let Request::Write { len, .. } = request {
             moved("fetching", tag, self.driver.payload().arrived(tag, len))?;
         }

@@ -9,7 +9,7 @@ use crate::cli::{AddArgs, QuiesceArgs, RecoverArgs};
 use crate::control::Control;
 use crate::daemon::Reporter;
 use crate::server::{self, What};
-use crate::state::{FOLDER, State};
+use crate::state::State;
 use crate::sys::PidFd;
 use crate::ublk::{self, DevInfo};
 
@@ -100,16 +100,8 @@ fn refuse_failed(state: &State) -> Result<()> {
 
 /// A device of ours that outlives its server.
 fn find(control: &mut Control, id: u32) -> Result<(DevInfo, State, AddArgs)> {
-    let info = control.info(id).map_err(|error| match error.errno {
-        libc::ENODEV => anyhow!("there is no ublk device {id}; `ublk-qcow2 list` shows all"),
-        _ => anyhow!(error).context(format!("device {id}")),
-    })?;
-    let state = State::of(&info).with_context(|| {
-        format!(
-            "of device {id} nothing is recorded in {FOLDER} that can be read; it is not one of \
-             ublk-qcow2, or of another version of it"
-        )
-    })?;
+    let info = control.named(id)?;
+    let state = State::recorded(&info)?;
     let Some(recipe) = state.recipe.clone() else {
         bail!(
             "device {id} was added without --recovery, so it ends with its server; \

@@ -30,6 +30,7 @@ use crate::link::{self, Event, MainEnd};
 use crate::log;
 use crate::open::{self, Mode, Opened};
 use crate::queue;
+use crate::resize::{self, Grown};
 use crate::resume;
 use crate::signals::Signals;
 use crate::state::{self, State};
@@ -99,12 +100,13 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         state,
         notes,
         main: None,
+        core: None,
         running: 0,
         fence,
         stays: before.is_some(),
         came_up: false,
         stopped: false,
-        _files: opened.files.clone(),
+        files: opened.files.clone(),
     };
     // Nothing outside the folder of states and /dev is opened from here on.
     let result = isolate::leave_mounts()
@@ -232,6 +234,12 @@ fn record(state: &State) {
     }
 }
 
+/// What others talk to the server over.
+struct Sockets {
+    figures: UnixListener,
+    orders: UnixListener,
+}
+
 struct Server {
     control: Control,
     device: Device,
@@ -241,6 +249,8 @@ struct Server {
     notes: Vec<String>,
     /// The link to the queue threads, once they run.
     main: Option<MainEnd>,
+    /// What they share.
+    core: Option<Arc<Core>>,
     /// How many of them do.
     running: u16,
     fence: Option<Arc<Fence>>,
@@ -251,7 +261,7 @@ struct Server {
     /// This server has stopped the device.
     stopped: bool,
     /// Closed last: the locks go with them.
-    _files: Files,
+    files: Files,
 }
 
 impl Server {
@@ -280,7 +290,9 @@ impl Server {
         let path = heard.and(started)?;
         self.came_up = self.stays;
         self.stays = false;
-        let listener = state::listen(self.device.id())?;
+        let id = self.device.id();
+        let sockets =
+            Sockets { figures: state::listen(id, "sock")?, orders: state::listen(id, "orders")? };
         for note in &self.notes {
             eprintln!("ublk-qcow2: {}", crate::list::plain(note));
             tracing::info!("{note}");
@@ -292,7 +304,7 @@ impl Server {
             return ready;
         }
         self.came_up = true;
-        self.until_end(&listener, reporter)
+        self.until_end(&sockets, reporter)
     }
 
     /// Starts the first queue's thread, and when the image is ready, those of the others.
@@ -318,6 +330,7 @@ impl Server {
             fence: self.fence.clone(),
         };
         self.main = Some(main);
+        self.core = Some(Arc::clone(&setup.core));
         for number in 0..self.device.queues() {
             let cpus = self.control.affinity(self.device.id(), number)?;
             let (setup, end) = (setup.clone(), end.clone());
@@ -357,20 +370,22 @@ impl Server {
         self.main.as_ref().and_then(MainEnd::event)
     }
 
-    /// Serves `list` until a signal comes or the device was stopped from elsewhere.
-    fn until_end(&mut self, listener: &UnixListener, reporter: &mut Reporter) -> Result<()> {
+    /// Serves `list` and `resize` until a signal comes or the device was stopped from elsewhere.
+    fn until_end(&mut self, sockets: &Sockets, reporter: &mut Reporter) -> Result<()> {
         loop {
             let main = self.main.as_ref().context("the queue threads run")?;
             let mut set = [
                 PollFd::new(self.signals.fd(), PollFlags::POLLIN),
                 PollFd::new(main.event_fd(), PollFlags::POLLIN),
-                PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+                PollFd::new(sockets.figures.as_fd(), PollFlags::POLLIN),
+                PollFd::new(sockets.orders.as_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut set, PollTimeout::NONE) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(error).context("poll"),
             }
-            state::answer(listener, || Figures::of(main));
+            state::answer(&sockets.figures, || Figures::of(main));
+            self.obey(&sockets.orders)?;
             self.hear(reporter)?;
             if self.running == 0 {
                 return Ok(());
@@ -380,6 +395,45 @@ impl Server {
                 return self.stop();
             }
         }
+    }
+
+    /// Takes orders, and answers. An error ends serving the image.
+    fn obey(&mut self, orders: &UnixListener) -> Result<()> {
+        let mut fatal = None;
+        resize::answer(orders, |order| {
+            let grown = self.resize(order.resize).unwrap_or_else(|error| {
+                fatal = Some(anyhow!("{error:#}"));
+                Err(error)
+            });
+            if let Err(error) = &grown {
+                tracing::warn!("growing the disk to {} bytes: {error:#}", order.resize);
+            }
+            grown
+        });
+        fatal.map_or(Ok(()), Err)
+    }
+
+    /// Makes the disk larger: the image, and then the device. The outer error ends serving it.
+    fn resize(&mut self, size: u64) -> Result<Result<()>> {
+        if self.state.read_only {
+            return Ok(Err(anyhow!("it is served read-only")));
+        }
+        let core = Arc::clone(self.core.as_ref().context("the queue threads run")?);
+        let main = self.main.as_ref().context("the queue threads run")?;
+        // It has that size already where only the driver was not told.
+        if size != core.size() {
+            match resize::grow(&core, main, &self.files, size)? {
+                Grown::Done => tracing::info!("the disk has {size} bytes from now on"),
+                Grown::Refused(error) => return Ok(Err(error)),
+                Grown::Failed(error) => {
+                    return Ok(Err(error.context("it takes no writes any more")));
+                }
+            }
+        }
+        self.state.virtual_size = size;
+        self.record();
+        let told = self.control.update_size(self.device.id(), size / ublk::SECTOR);
+        Ok(told.context("the image has the new size, but the device not; give the command again"))
     }
 
     /// Takes what the queue threads have told.

@@ -3,7 +3,8 @@
 //! `N.json` describes the daemon of device N. It is written when the device is there, rewritten if
 //! closing the image fails, and removed after a clean close. So after a daemon has ended: no file
 //! means all is well, a file with `close_error` says what failed, and a file without it means that
-//! the daemon died. `N.sock` gives live figures as JSON, one object per connection. A device that
+//! the daemon died. `N.sock` gives live figures as JSON, one object per connection; `N.orders`
+//! takes what it is to do (`resize.rs`). A device that
 //! outlives its daemon also has `N.journal` and `N.fence` (`journal.rs`, `fence.rs`). `N.trusted`
 //! or `N.untrusted`, which is empty, is for the udev rules (`src/dist/`).
 
@@ -33,7 +34,8 @@ pub struct State {
     pub id: u32,
     /// The process that serves it.
     pub pid: u32,
-    /// When that began, in the kernel's ticks since the machine did: its number may become another's.
+    /// When that began, in the kernel's ticks since the machine did: the number may become
+    /// another's.
     #[serde(default)]
     pub pid_since: u64,
     /// The process that added it: what the driver keeps as the device's mark.
@@ -132,6 +134,17 @@ impl State {
         Self::load(info.dev_id).filter(|state| state.added_by == marked)
     }
 
+    /// The same of a device that is named as one of ours.
+    pub fn recorded(info: &DevInfo) -> Result<Self> {
+        Self::of(info).with_context(|| {
+            format!(
+                "of device {} nothing is recorded in {FOLDER} that can be read; it is not one of \
+                 ublk-qcow2, or of another version of it",
+                info.dev_id
+            )
+        })
+    }
+
     /// The process that serves a device of ours, or served it last.
     pub fn server_of(info: &DevInfo) -> Option<i32> {
         let marked = device::marked_pid(info)?;
@@ -182,16 +195,16 @@ impl State {
     /// Removes what is recorded for a device.
     pub fn remove(id: u32) {
         // Missing is as good as removed, and nothing depends on the rest.
-        for file in ["json", "sock", "journal", "fence", "trusted", "untrusted"] {
+        for file in ["json", "sock", "orders", "journal", "fence", "trusted", "untrusted"] {
             let _ = fs::remove_file(path(id, file));
         }
     }
 }
 
-/// Listens for `list`.
-pub fn listen(id: u32) -> Result<UnixListener> {
+/// Listens on a socket of the device: `sock` for those who want figures, `orders` for orders.
+pub fn listen(id: u32, what: &str) -> Result<UnixListener> {
     make_folder()?;
-    let path = path(id, "sock");
+    let path = path(id, what);
     let _ = fs::remove_file(&path);
     let listener =
         UnixListener::bind(&path).with_context(|| format!("making {}", path.display()))?;

@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::cli::StatsArgs;
@@ -45,10 +45,7 @@ pub fn run(args: &StatsArgs) -> Result<()> {
 fn find(id: u32) -> Result<State> {
     let mut control = Control::open()?;
     control.features()?;
-    let info = control.info(id).map_err(|error| match error.errno {
-        libc::ENODEV => anyhow!("there is no ublk device {id}; `ublk-qcow2 list` shows all"),
-        _ => anyhow!(error).context(format!("device {id}")),
-    })?;
+    let info = control.named(id)?;
     State::of(&info).with_context(|| {
         format!(
             "device {id} is not one of ublk-qcow2, or was added in another place; only its own \

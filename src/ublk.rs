@@ -213,6 +213,7 @@ pub const START_USER_RECOVERY: Command = control(READ_WRITE, 0x10, "START_USER_R
 pub const END_USER_RECOVERY: Command = control(READ_WRITE, 0x11, "END_USER_RECOVERY");
 pub const GET_FEATURES: Command = control(READ, 0x13, "GET_FEATURES");
 pub const DEL_DEV_ASYNC: Command = control(READ, 0x14, "DEL_DEV_ASYNC");
+pub const UPDATE_SIZE: Command = control(READ_WRITE, 0x15, "UPDATE_SIZE");
 pub const QUIESCE_DEV: Command = control(READ_WRITE, 0x16, "QUIESCE_DEV");
 pub const TRY_STOP_DEV: Command = control(READ_WRITE, 0x17, "TRY_STOP_DEV");
 
@@ -225,6 +226,7 @@ pub const F_USER_RECOVERY: u64 = 1 << 3;
 pub const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
 pub const F_USER_COPY: u64 = 1 << 7;
 pub const F_USER_RECOVERY_FAIL_IO: u64 = 1 << 9;
+pub const F_UPDATE_SIZE: u64 = 1 << 10;
 pub const F_AUTO_BUF_REG: u64 = 1 << 11;
 pub const F_QUIESCE: u64 = 1 << 12;
 pub const F_SAFE_STOP_DEV: u64 = 1 << 17;

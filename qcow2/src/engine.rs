@@ -369,6 +369,18 @@ impl Engine {
         self.virtual_size
     }
 
+    /// What it was made with.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Are there no requests?
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.active == 0
+    }
+
     /// Memory in use.
     #[must_use]
     pub fn memory(&self) -> Memory {

@@ -4,6 +4,7 @@ use alloc::vec::Vec;
 
 use crate::engine::Engine;
 use crate::error::{Failure, FailureKind, IoErrorKind};
+use crate::layer::Layer;
 use crate::op::OpKind;
 use crate::optable::Owner;
 use crate::planted::{self, Bug};
@@ -56,6 +57,34 @@ impl Engine {
     #[must_use]
     pub fn health(&self) -> Health {
         self.failed.map_or(Health::Good, Health::Failed)
+    }
+
+    /// Size of the disk beneath, in bytes; 0 without one.
+    #[must_use]
+    pub fn size_beneath(&self) -> u64 {
+        self.layers.first().map_or(0, Layer::virtual_size)
+    }
+
+    /// What lies beneath, of an engine that is closed, for the one that follows it.
+    pub fn take_layers(&mut self) -> Vec<Layer> {
+        core::mem::take(&mut self.layers)
+    }
+
+    /// Goes on where `old` has ended, which was closed, with the same image: with its counters, and
+    /// without writes if it had failed (the options are to say that, too).
+    #[must_use]
+    pub fn succeed(mut self, old: &Self) -> Self {
+        self.stats = old.stats;
+        // All that was allocated has its mapping.
+        self.allocated_durable = self.stats.allocated_data + self.stats.allocated_metadata;
+        self.now_ms = old.now_ms;
+        self.failed = old.failed;
+        self
+    }
+
+    /// Somebody else has failed to write to the image: from now on nobody does.
+    pub fn give_up(&mut self, kind: FailureKind) {
+        self.fail(kind, 0);
     }
 
     /// Tells the operator.

@@ -26,7 +26,7 @@ use core::{error, fmt};
 use byteorder::{BigEndian, ByteOrder};
 
 use crate::check::repair::{RepairError, RepairIo, rebuild_if_dirty};
-use crate::check::{CheckError, check};
+use crate::check::{CheckError, ReadAt, check};
 use crate::entry::{BadWord, Decoder, L2Entry, Mapping};
 use crate::error::OpenError;
 use crate::header::{Extent, Header};
@@ -97,6 +97,24 @@ impl From<BadWord> for ResizeError {
     }
 }
 
+/// What of the refusals the header tells; writes nothing, and the image may be in use.
+///
+/// # Errors
+/// See [`ResizeError`].
+pub fn judge<F: ReadAt>(file: &F, size: u64, beneath: u64) -> Result<(), ResizeError> {
+    let (header, mut first) = header(file)?;
+    if size == header.virtual_size() {
+        return Ok(());
+    }
+    may_grow(&header, size, beneath)?;
+    let len = header.geometry().l1_entries_for(size) * 8;
+    let l1 = Extent { len: len.max(header.l1_extent().len), ..header.l1_extent() };
+    set_fields(&mut first, size, l1);
+    // Where the table will be is not known yet, only how long it is.
+    Header::parse(&first, u64::MAX, false)?;
+    Ok(())
+}
+
 /// Makes the virtual disk `size` bytes large, a multiple of 512; nothing, if it is. `beneath` is
 /// the size of the disk of its backing file, or 0.
 ///
@@ -141,7 +159,7 @@ pub fn grow<F: RepairIo>(file: &mut F, size: u64, beneath: u64) -> Result<(), Re
 }
 
 /// The header and the bytes it was read from, at least a sector.
-fn header<F: RepairIo>(file: &F) -> Result<(Header, vec::Vec<u8>), ResizeError> {
+fn header<F: ReadAt>(file: &F) -> Result<(Header, vec::Vec<u8>), ResizeError> {
     let mut first = vec![0; SECTOR];
     read(file, 0, &mut first)?;
     first.resize(Header::needed(&first)?.max(SECTOR), 0);
@@ -274,7 +292,7 @@ fn word<F: RepairIo>(file: &F, at: u64) -> Result<u64, ResizeError> {
     Ok(BigEndian::read_u64(&bytes))
 }
 
-fn read<F: RepairIo>(file: &F, at: u64, bytes: &mut [u8]) -> Result<(), ResizeError> {
+fn read<F: ReadAt>(file: &F, at: u64, bytes: &mut [u8]) -> Result<(), ResizeError> {
     file.read_at(at, bytes).map_err(|_| CheckError::Unreadable(at).into())
 }
 

@@ -10,7 +10,9 @@
 //! ```
 //!
 //! A row must not take longer than [`MOST`]. Where the machine has much else to do it may: then it
-//! is played once more when the others are done, and only the time counts that it had a CPU.
+//! is played again when the others are done, up to three times, and of those only the time counts
+//! that it had a CPU. The cover has a looser limit, [`MOST_ANYWHERE`], for any machine and a build
+//! with all checks; what takes longer than [`MOST`] there is named.
 //!
 //! The files are in `MATRIX_DIR`; else in `/dev/shm`, where that has room, or among Cargo's. Those
 //! of a row that fails are left there.
@@ -34,6 +36,8 @@ use row::{REFUSED, RULES, Row, VALID};
 
 /// How long a row may take.
 const MOST: Duration = Duration::from_secs(3);
+/// The same where it is not the time that is looked at.
+const MOST_ANYWHERE: Duration = Duration::from_secs(10);
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
@@ -121,26 +125,25 @@ fn cpu_time() -> Duration {
 }
 
 /// Names the slowest row, and fails where one takes too long, also by itself.
-fn judge_times(work: &Path, times: &[(Duration, Row)], seed: u64) {
+fn judge_times(work: &Path, times: &[(Duration, Row)], seed: u64, most: Duration) {
     if let Some((time, row)) = times.iter().max() {
         println!("the slowest row took {} ms: {row}", time.as_millis());
     }
     for &(first, row) in times.iter().filter(|(time, _)| *time > MOST) {
         let dir = work.join(format!("{}-again", row.number()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let (began, cpu) = (Instant::now(), cpu_time());
-        play::play(&dir, row, seed, &mut Vec::new()).unwrap();
-        let again = began.elapsed().min(cpu_time() - cpu);
-        std::fs::remove_dir_all(&dir).unwrap();
-        assert!(
-            again <= MOST,
-            "row {row} took {} ms, and by itself {} ms of CPU time; at most {} ms are allowed: \
-             replay it with ROW={}",
-            first.as_millis(),
-            again.as_millis(),
-            MOST.as_millis(),
-            row.number()
-        );
+        let mut again = Duration::MAX;
+        for _ in 0..3 {
+            if again > MOST {
+                std::fs::create_dir_all(&dir).unwrap();
+                let (began, cpu) = (Instant::now(), cpu_time());
+                play::play(&dir, row, seed, &mut Vec::new()).unwrap();
+                again = again.min(began.elapsed()).min(cpu_time() - cpu);
+                std::fs::remove_dir_all(&dir).unwrap();
+            }
+        }
+        let (first, again) = (first.as_millis(), again.as_millis());
+        println!("row {row} took {first} ms, and by itself {again} ms of CPU time");
+        assert!(again <= most.as_millis(), "that is too long; replay it with ROW={}", row.number());
     }
 }
 
@@ -208,6 +211,6 @@ fn every_feature_in_combination() {
     let (rows, seconds) = (rows.len(), began.elapsed().as_secs());
     println!("{rows} of {VALID} valid rows, {failed} failed, in {seconds} s");
     assert_eq!(failed, 0, "{}", work.display());
-    judge_times(&work, &times, seed);
+    judge_times(&work, &times, seed, if all { MOST } else { MOST_ANYWHERE });
     std::fs::remove_dir_all(work).unwrap();
 }

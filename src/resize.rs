@@ -1,0 +1,272 @@
+//! `resize`: a larger disk for a device that is in use.
+//!
+//! The command sends an order to the server (`N.orders`, a line of JSON each way), which does it.
+//! The engine knows one size for all its life, and the code that grows an image ([`qcow2::resize`])
+//! wants it for itself. So requests are held back for a moment, outside the engine; it closes the
+//! image as at its end; the image is grown; another engine takes over, on the same open files; and
+//! when that is ready requests go on. Last, the driver is told.
+//!
+//! What the header forbids is found before anything stops. A failure while the image is written is
+//! final for it as any other: the new engine takes no writes.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use qcow2::check::repair::{RepairIo, WriteError};
+use qcow2::check::{ReadAt, ReadError};
+use qcow2::resize::ResizeError;
+use qcow2::{FailureKind, Health};
+use serde::{Deserialize, Serialize};
+
+use crate::cli::ResizeArgs;
+use crate::control::Control;
+use crate::core::Core;
+use crate::files::{FileKind, Files, Source};
+use crate::link::MainEnd;
+use crate::open;
+use crate::state::{self, State};
+use crate::ublk;
+
+/// How long requests under way may take to end; else nothing has happened.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the command waits for the server: the above, and counting the references of the image
+/// where a table has to move.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// How long the server waits for an order of somebody who has connected.
+const ORDER_LIMIT: Duration = Duration::from_secs(2);
+
+/// What a server is to do.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Order {
+    /// The new size of the disk in bytes.
+    pub resize: u64,
+}
+
+/// What came of it: nothing, or why not.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Outcome {
+    error: Option<String>,
+}
+
+/// Runs `resize`.
+pub fn run(args: &ResizeArgs) -> Result<()> {
+    let id = args.number;
+    let mut control = Control::open()?;
+    let features = control.features()?;
+    let info = control.named(id)?;
+    let state = State::recorded(&info)?;
+    if features & ublk::F_UPDATE_SIZE == 0 {
+        bail!(
+            "the kernel's ublk driver cannot change the size of a device (Linux 6.16 can); \
+             `qemu-img resize` grows the image while nobody uses it"
+        );
+    }
+    if info.state != ublk::STATE_LIVE {
+        bail!(
+            "device {id} is in state {}, and not being served; `ublk-qcow2 recover -n {id}` does",
+            ublk::state_name(info.state)
+        );
+    }
+    if !args.size.is_multiple_of(state.block_size.into()) {
+        bail!(
+            "{} bytes are no multiple of the device's logical block of {} bytes",
+            args.size,
+            state.block_size
+        );
+    }
+    let outcome = send(id, &Order { resize: args.size })
+        .with_context(|| format!("device {id}: its server (process {})", state.pid))?;
+    match outcome.error {
+        Some(error) => bail!("device {id}, image {}: {error}", state.image_path),
+        None => Ok(()),
+    }
+}
+
+fn send(id: u32, order: &Order) -> Result<Outcome> {
+    let mut stream =
+        UnixStream::connect(state::path(id, "orders")).context("does not take orders")?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    writeln!(stream, "{}", serde_json::to_string(order)?).context("does not take orders")?;
+    let mut line = String::new();
+    let read = BufReader::new(stream).read_line(&mut line);
+    match read.map_err(|error| error.kind()) {
+        Ok(1..) => serde_json::from_str(&line).context("gave no answer that can be read"),
+        Ok(0) => bail!("ended before it was done"),
+        Err(io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => bail!(
+            "has not answered within {} s and goes on; `ublk-qcow2 list -n {id}` tells the size",
+            LIMIT.as_secs()
+        ),
+        Err(_) => bail!("ended before it was done"),
+    }
+}
+
+/// Takes one order from each who has connected, and answers with what came of it.
+pub fn answer(listener: &UnixListener, mut obey: impl FnMut(Order) -> Result<()>) {
+    while let Ok((stream, _)) = listener.accept() {
+        // Somebody who says nothing, or is gone, is their own concern.
+        let Some(order) = receive(&stream) else { continue };
+        let error = obey(order).err().map(|error| format!("{error:#}"));
+        let text = serde_json::to_string(&Outcome { error }).unwrap_or_default();
+        let _ = writeln!(&stream, "{text}");
+    }
+}
+
+fn receive(stream: &UnixStream) -> Option<Order> {
+    stream.set_nonblocking(false).ok()?;
+    stream.set_read_timeout(Some(ORDER_LIMIT)).ok()?;
+    stream.set_write_timeout(Some(ORDER_LIMIT)).ok()?;
+    let mut line = String::new();
+    // As long as any order, and no longer.
+    BufReader::new(io::Read::take(stream, 4096)).read_line(&mut line).ok()?;
+    serde_json::from_str(&line).ok()
+}
+
+/// What has become of the image.
+pub enum Grown {
+    Done,
+    /// It is as it was.
+    Refused(anyhow::Error),
+    /// It takes no writes any more.
+    Failed(anyhow::Error),
+}
+
+/// Grows the image beneath a device that is being served. An error is the end of serving it.
+pub fn grow(core: &Core, main: &MainEnd, files: &Files, size: u64) -> Result<Grown> {
+    let mut file = match Plain::new(&files.image) {
+        Ok(file) => file,
+        Err(error) => return Ok(Grown::Refused(error)),
+    };
+    let beneath = core.lock().engine.size_beneath();
+    if let Err(error) = file.explained(qcow2::resize::judge(&file, size, beneath)) {
+        return Ok(Grown::Refused(error));
+    }
+    core.lock().held = true;
+    let idle = || core.lock().engine.is_idle();
+    if !until(main, Some(DRAIN_LIMIT), idle) {
+        release(core, main);
+        let seconds = DRAIN_LIMIT.as_secs();
+        return Ok(Grown::Refused(anyhow!(
+            "requests under way did not end within {seconds} s; nothing was changed"
+        )));
+    }
+    core.lock().engine.close();
+    // As long as this takes nothing could be served anyway.
+    until(main, None, || core.lock().engine.is_closed());
+    let mut grown = match core.lock().engine.health() {
+        Health::Failed(failure) => Grown::Failed(anyhow!("{failure}")),
+        Health::Good => Grown::Done,
+    };
+    if let Grown::Done = grown {
+        // What closing has done to the file's length is to be seen.
+        file.len = files.image.len().context("the length of the file")?;
+        let result = qcow2::resize::grow(&mut file, size, beneath);
+        let failed = matches!(result, Err(ResizeError::Repair(_)));
+        if failed {
+            core.lock().engine.give_up(FailureKind::MetadataWrite);
+        }
+        match file.explained(result) {
+            Ok(()) => {}
+            Err(error) if failed => grown = Grown::Failed(error),
+            Err(error) => grown = Grown::Refused(error),
+        }
+    }
+    core.replace(|old| open::again(files, old)).context("opening the image once more")?;
+    until(main, None, || {
+        let locked = core.lock();
+        locked.engine.is_ready() || locked.engine.health() != Health::Good
+    });
+    release(core, main);
+    Ok(grown)
+}
+
+fn release(core: &Core, main: &MainEnd) {
+    core.lock().held = false;
+    main.wake();
+}
+
+/// Lets the queue threads go on until something is so; false: not within `limit`.
+fn until(main: &MainEnd, limit: Option<Duration>, is_so: impl Fn() -> bool) -> bool {
+    let begin = Instant::now();
+    main.wake();
+    while !is_so() {
+        if limit.is_some_and(|limit| begin.elapsed() > limit) {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+/// An image file that nobody else writes to at the moment.
+struct Plain<'a> {
+    source: &'a Source,
+    len: u64,
+    failure: std::cell::RefCell<Option<io::Error>>,
+}
+
+impl<'a> Plain<'a> {
+    fn new(source: &'a Source) -> Result<Self> {
+        let len = source.len().context("cannot get the length of the file")?;
+        Ok(Self { source, len, failure: None.into() })
+    }
+
+    /// With what the operating system said.
+    fn explained(&self, result: Result<(), ResizeError>) -> Result<()> {
+        result.map_err(|error| match self.failure.take() {
+            Some(failure) => anyhow!("{error} ({failure})"),
+            None => anyhow!(error),
+        })
+    }
+
+    fn noted<T, E>(&self, result: io::Result<T>, error: E) -> Result<T, E> {
+        result.map_err(|failure| {
+            self.failure.replace(Some(failure));
+            error
+        })
+    }
+
+    fn file(&self) -> &File {
+        &self.source.file
+    }
+}
+
+impl ReadAt for Plain<'_> {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
+        let bytes = self.noted(self.source.read(offset, buf.len()), ReadError)?;
+        buf[..bytes.len()].copy_from_slice(&bytes);
+        buf[bytes.len()..].fill(0);
+        Ok(())
+    }
+}
+
+impl RepairIo for Plain<'_> {
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
+        self.noted(self.source.write(offset, bytes), WriteError)
+    }
+
+    fn sync(&mut self) -> Result<(), WriteError> {
+        self.noted(self.file().sync_data(), WriteError)
+    }
+
+    fn set_len(&mut self, len: u64) -> Result<(), WriteError> {
+        match self.source.kind {
+            FileKind::Regular => self.noted(self.file().set_len(len), WriteError)?,
+            FileKind::BlockDevice { size } if len <= size => {}
+            FileKind::BlockDevice { .. } => {
+                let full = io::Error::from_raw_os_error(libc::ENOSPC);
+                return self.noted(Err(full), WriteError);
+            }
+        }
+        self.len = len.max(self.len);
+        Ok(())
+    }
+}
