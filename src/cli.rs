@@ -150,6 +150,9 @@ fields of `qemu-img info --output=json`, and \"features\" and \"stale-bitmaps\" 
     /// Print what a package has besides the program.
     #[command(hide = true)]
     Dist(DistArgs),
+    /// For the udev rules: print user and group of an unprivileged device, by the name of its node.
+    #[command(hide = true)]
+    Owner(OwnerArgs),
 }
 
 /// `add`
@@ -209,6 +212,14 @@ pub struct AddArgs {
     /// then a dead server is as a disk that was unplugged.
     #[arg(long, value_name = "MODE", value_enum)]
     pub recovery: Option<Recovery>,
+
+    /// A device of the user who runs this, who need not be root: plain copy, without --recovery.
+    /// The user has to be let at /dev/ublk-control and the image, and udev gives the device's nodes
+    /// to the user by the rules of the package. Nothing keeps the server from being swapped out, so
+    /// no swap and no file system that the machine depends on should be on such a device.
+    #[arg(long, conflicts_with = "recovery")]
+    #[serde(default)]
+    pub unprivileged: bool,
 
     /// Stay in the foreground; SIGINT (Ctrl-C) or SIGTERM stops the device. For a service manager
     /// too: it is told over NOTIFY_SOCKET when the device is usable.
@@ -411,6 +422,13 @@ pub struct InfoArgs {
     /// How to print it.
     #[arg(long, value_name = "FORMAT", default_value = "human")]
     pub output: Output,
+}
+
+/// `owner`
+#[derive(Args, Debug)]
+pub struct OwnerArgs {
+    /// As in /dev, such as ublkc0 or ublkb0p1.
+    pub name: String,
 }
 
 /// `dist`

@@ -4,6 +4,7 @@
 //! own (`courier.rs`). Each has a limit: a command that the kernel does not finish in time is
 //! abandoned together with that process, and the caller gets an error. Nothing here can hang.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use bytemuck::Pod;
 
-use crate::courier::{Answer, Courier, Errand, MOST};
+use crate::courier::{Answer, Courier, Errand};
 use crate::errno;
 use crate::ublk::{self, Command, CtrlCmd, DevInfo, Params};
 
@@ -47,6 +48,9 @@ pub struct Control {
     file: File,
     /// None after a command that did not end.
     courier: Option<Courier>,
+    /// Devices of users: the driver wants each command to name the device's node, and looks
+    /// whether the caller may write to that.
+    unprivileged: BTreeSet<u32>,
 }
 
 impl Control {
@@ -59,7 +63,7 @@ impl Control {
             }
             _ => anyhow!("cannot start a process with an io_uring for ublk commands: {error}"),
         })?;
-        Ok(Self { file, courier: Some(courier) })
+        Ok(Self { file, courier: Some(courier), unprivileged: BTreeSet::new() })
     }
 
     /// The driver's feature flags.
@@ -79,12 +83,37 @@ impl Control {
 
     /// Makes the character device; returns what the driver made of `info`.
     pub fn add(&mut self, info: &DevInfo) -> Result<DevInfo, ControlError> {
-        self.exchange(ublk::ADD_DEV, info.dev_id, *info)
+        let info = self.exchange(ublk::ADD_DEV, info.dev_id, *info)?;
+        self.note(&info);
+        Ok(info)
+    }
+
+    fn note(&mut self, info: &DevInfo) {
+        if info.flags & ublk::F_UNPRIVILEGED_DEV != 0 {
+            self.unprivileged.insert(info.dev_id);
+        } else {
+            // The number may have been another's.
+            self.unprivileged.remove(&info.dev_id);
+        }
     }
 
     /// What the driver knows of a device; ENODEV if there is none.
     pub fn info(&mut self, id: u32) -> Result<DevInfo, ControlError> {
-        self.receive(ublk::GET_DEV_INFO, id, DevInfo::default())
+        if !self.unprivileged.contains(&id) {
+            match self.receive(ublk::GET_DEV_INFO, id, DevInfo::default()) {
+                // It may be that the path is missing.
+                Err(error) if error.errno == libc::EINVAL => {}
+                result => return result,
+            }
+        }
+        self.unprivileged.insert(id);
+        let result = self.receive(ublk::GET_DEV_INFO2, id, DevInfo::default());
+        if let Ok(info) = &result {
+            self.note(info);
+        } else {
+            self.unprivileged.remove(&id);
+        }
+        result
     }
 
     /// The same of a device that somebody has named.
@@ -110,11 +139,12 @@ impl Control {
 
     /// The CPUs whose requests go to a queue.
     pub fn affinity(&mut self, id: u32, queue: u16) -> Result<Vec<usize>, ControlError> {
-        let empty = [0; MOST];
+        const BYTES: usize = 1024;
+        let empty = [0; BYTES];
         let mask = self.send(ublk::GET_QUEUE_AFFINITY, id, queue.into(), &empty, LIMIT)?.bytes;
         // Words in the machine's order: on those with the lowest byte first, bytes count up.
         let set = |cpu: &usize| mask[cpu / 8] >> (cpu % 8) & 1 != 0;
-        Ok((0..MOST * 8).filter(set).collect())
+        Ok((0..BYTES * 8).filter(set).collect())
     }
 
     /// Makes the block device. Every tag has to be fetched, or about to be.
@@ -203,10 +233,24 @@ impl Control {
             self.courier = Courier::start(&self.file).ok();
         }
         let courier = self.courier.as_mut().ok_or(failed(libc::ETIME))?;
-        let payload = CtrlCmd { dev_id: id, queue_id: u16::MAX, data, ..CtrlCmd::default() };
-        match courier.carry(&Errand::new(command.code, payload, bytes), limit) {
+        let path = match self.unprivileged.contains(&id) {
+            true => format!("/dev/ublkc{id}\0").into_bytes(),
+            false => Vec::new(),
+        };
+        let payload = CtrlCmd {
+            dev_id: id,
+            queue_id: u16::MAX,
+            data,
+            dev_path_len: u16::try_from(path.len()).expect("a short path"),
+            ..CtrlCmd::default()
+        };
+        let all = [&path[..], bytes].concat();
+        match courier.carry(&Errand::new(command.code, payload, &all), limit) {
             Ok(answer) if answer.result < 0 => Err(failed(-answer.result)),
-            Ok(answer) => Ok(answer),
+            Ok(mut answer) => {
+                answer.bytes.copy_within(path.len().., 0);
+                Ok(answer)
+            }
             Err(error) => {
                 // It goes on with its command, and ends after it.
                 self.courier = None;
@@ -223,7 +267,7 @@ fn is_unknown(errno: i32) -> bool {
 }
 
 fn not_root() -> anyhow::Error {
-    anyhow!("not permitted to use {PATH}; run as root")
+    anyhow!("not permitted to use {PATH}; run as root, or be let at it (see `add --help`)")
 }
 
 fn explain(error: io::Error) -> anyhow::Error {

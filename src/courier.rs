@@ -27,8 +27,8 @@ use crate::ublk::CtrlCmd;
 /// The name of the process, for `ps`; at most 15 bytes.
 const NAME: &std::ffi::CStr = c"ublk-qcow2-ctl";
 
-/// The most that a command takes along or brings back.
-pub const MOST: usize = 1024;
+/// The most that a command takes along or brings back: a CPU mask of 1024 bytes, and a short path.
+pub const MOST: usize = 2048;
 
 /// A command: what the driver is given.
 #[repr(C)]
@@ -53,7 +53,8 @@ pub struct Answer {
 }
 
 impl Errand {
-    /// A command that takes `bytes` along and may bring as many back.
+    /// A command that takes `bytes` along and may bring as many back. (What stands in the command
+    /// as length of the device's path is a part of them.)
     pub fn new(code: u32, command: CtrlCmd, bytes: &[u8]) -> Self {
         let len = u16::try_from(bytes.len()).expect("structures of the interface are small");
         let mut errand = Self { code, command: CtrlCmd { len, ..command }, ..Self::zeroed() };

@@ -30,6 +30,8 @@ pub struct Wanted {
     pub depth: u16,
     /// The data path, unless the best is to be taken.
     pub path: Option<DataPath>,
+    /// The device of a user who need not be root.
+    pub unprivileged: bool,
     /// What happens to requests while there is no server, if the device outlives it.
     pub recovery: Option<Recovery>,
     /// What the memory of requests has to be aligned to, where their pages go down.
@@ -122,7 +124,14 @@ impl Device {
             );
         }
         let features = control.features()?;
-        let path = choose(features, wanted.path)?;
+        let path = match (wanted.unprivileged, wanted.path) {
+            (false, path) => choose(features, path)?,
+            (true, None | Some(DataPath::Copy)) => DataPath::Copy,
+            (true, Some(path)) => bail!(
+                "an unprivileged device has no data path {}; leave --data-path out",
+                path.name()
+            ),
+        };
         let recovery = wanted.recovery.map_or(0, Recovery::flags);
         if features & recovery != recovery {
             bail!(
@@ -139,7 +148,8 @@ impl Device {
             flags: ublk::F_WANTED & features
                 | path.flags()
                 | recovery
-                | upgrade(features, recovery),
+                | upgrade(features, recovery)
+                | if wanted.unprivileged { ublk::F_UNPRIVILEGED_DEV } else { 0 },
             ublksrv_flags: mark(std::process::id()),
             ..DevInfo::default()
         };
@@ -352,7 +362,7 @@ fn explain(errno: i32, error: anyhow::Error, id: Option<u32>) -> anyhow::Error {
             "device number {id} is taken; choose another with -n, or leave -n out for a free one"
         ),
         (libc::EPERM | libc::EACCES, _) => {
-            anyhow!("not permitted to add ublk devices; run as root")
+            anyhow!("not permitted to add ublk devices; run as root, or give --unprivileged")
         }
         (libc::EINVAL | libc::ENOSPC, Some(id)) => {
             error.context(format!("the driver refused device number {id}"))
@@ -390,6 +400,7 @@ mod tests {
                 queues: 1,
                 depth: 1,
                 path: None,
+                unprivileged: false,
                 recovery: None,
                 memory_alignment: 1,
                 size: 1 << 30,

@@ -24,7 +24,7 @@ use nix::unistd::{chdir, fchdir, pivot_root};
 use crate::state;
 
 /// Locks all memory, that which is there and that which will be, as it is touched.
-pub fn lock_memory() -> Result<()> {
+fn lock_memory() -> Result<()> {
     // As long as nothing is touched nothing is taken: buffers are for the worst case.
     let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
     mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault)
@@ -32,8 +32,15 @@ pub fn lock_memory() -> Result<()> {
 }
 
 /// Asks the out-of-memory killer to spare this process: with it goes a disk.
-pub fn avoid_oom_killer() -> Result<()> {
+fn avoid_oom_killer() -> Result<()> {
     fs::write("/proc/self/oom_score_adj", "-1000").context("writing /proc/self/oom_score_adj")
+}
+
+/// All of this, for a device that others may depend on. A device of a user gets none: it takes
+/// rights that only root has.
+pub fn keep_resident() -> Result<()> {
+    avoid_oom_killer()?;
+    lock_memory()
 }
 
 /// Leaves the host's mounts. To be called while there is one thread, with all files open. Stays

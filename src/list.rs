@@ -3,10 +3,10 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
-use crate::cli::ListArgs;
+use crate::cli::{ListArgs, OwnerArgs};
 use crate::control::Control;
 use crate::device;
 use crate::figures::Figures;
@@ -40,6 +40,8 @@ pub fn run(args: &ListArgs) -> Result<()> {
             Ok(entry) => entries.push(entry),
             // Deleted since the folder was read, or asked for by number and not there.
             Err(error) if error.errno == libc::ENODEV && args.number.is_none() => {}
+            // Of somebody else.
+            Err(error) if is_denied(error.errno) && args.number.is_none() => {}
             Err(error) if error.errno == libc::ENODEV => {
                 return Err(anyhow!("there is no ublk device {id}; leave -n out to see all"));
             }
@@ -169,6 +171,22 @@ impl Entry {
             "memory": self.figures.as_ref().map(|figures| &figures["memory"]),
         })
     }
+}
+
+fn is_denied(errno: i32) -> bool {
+    matches!(errno, libc::EPERM | libc::EACCES)
+}
+
+/// Runs `owner`: what udev makes the owner of a node.
+pub fn owner(args: &OwnerArgs) -> Result<()> {
+    let digits = |rest: &str| rest.split('p').next().and_then(|number| number.parse().ok());
+    let number = args.name.strip_prefix("ublkc").or(args.name.strip_prefix("ublkb"));
+    let id = number.and_then(digits).with_context(|| format!("{} is no ublk device", args.name))?;
+    let info = Control::open()?.named(id)?;
+    if info.flags & ublk::F_UNPRIVILEGED_DEV == 0 {
+        bail!("device {id} is not one of a user");
+    }
+    writeln!(io::stdout(), "{} {}", info.owner_uid, info.owner_gid).context("writing to stdout")
 }
 
 /// Without control characters: names come from elsewhere, and lines are lines.

@@ -97,6 +97,7 @@ fn main() -> ExitCode {
         Command::Stats(args) => ("".into(), stats::run(args).map(|()| 0)),
         Command::Features => ("".into(), list::features().map(|()| 0)),
         Command::Dist(args) => ("".into(), dist::run(args).map(|()| 0)),
+        Command::Owner(args) => ("".into(), list::owner(args).map(|()| 0)),
         Command::Check(args) => (args.file.to_string_lossy(), check::run(args)),
         Command::Info(args) => (args.file.to_string_lossy(), info::run(args).map(|()| 0)),
     };

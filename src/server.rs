@@ -64,14 +64,16 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
     let (mut control, opened, fence) = prepare(args, &mut what, reporter)?;
     // The tables were read into memory that is free again, of their size.
     sys::trim_memory();
-    flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
-    isolate::avoid_oom_killer()?;
-    isolate::lock_memory()?;
+    if !args.unprivileged {
+        flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
+        isolate::keep_resident()?;
+    }
     let wanted = device::Wanted {
         id: args.number,
         queues: args.queues,
         depth: args.depth,
         path: args.data_path,
+        unprivileged: args.unprivileged,
         recovery: args.recovery,
         memory_alignment: opened.files.memory_alignment(),
         size: opened.engine.virtual_size(),
@@ -109,7 +111,8 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         files: opened.files.clone(),
     };
     // Nothing outside the folder of states and /dev is opened from here on.
-    let result = isolate::leave_mounts()
+    let alone = if args.unprivileged { Ok(()) } else { isolate::leave_mounts() };
+    let result = alone
         .context("making a mount namespace of its own")
         .and_then(|()| log::start())
         .and_then(|()| server.run(opened, reporter));

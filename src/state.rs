@@ -1,4 +1,4 @@
-//! `/run/ublk-qcow2`: what a daemon says about its device to `list` and `del`.
+//! `/run/ublk-qcow2` (of other users than root: `$XDG_RUNTIME_DIR/ublk-qcow2`): what a daemon says about its device to `list` and `del`.
 //!
 //! `N.json` describes the daemon of device N. It is written when the device is there, rewritten if
 //! closing the image fails, and removed after a clean close. So after a daemon has ended: no file
@@ -8,6 +8,7 @@
 //! outlives its daemon also has `N.journal` and `N.fence` (`journal.rs`, `fence.rs`). `N.trusted`
 //! or `N.untrusted`, which is empty, is for the udev rules (`src/dist/`).
 
+use std::env;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read, Write};
@@ -25,8 +26,18 @@ use crate::device;
 use crate::figures::Figures;
 use crate::ublk::DevInfo;
 
-/// The folder.
+/// The folder of root.
 pub const FOLDER: &str = "/run/ublk-qcow2";
+
+/// The folder of the user who runs this.
+pub fn folder() -> PathBuf {
+    let user = nix::unistd::geteuid();
+    if user.is_root() {
+        return FOLDER.into();
+    }
+    let own = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
+    own.unwrap_or_else(|| format!("/run/user/{user}").into()).join("ublk-qcow2")
+}
 
 /// A daemon and its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,19 +91,21 @@ pub fn process_start(pid: u32) -> Option<u64> {
 
 /// The path of a file of our own about a device.
 pub fn path(id: u32, what: &str) -> PathBuf {
-    Path::new(FOLDER).join(format!("{id}.{what}"))
+    folder().join(format!("{id}.{what}"))
 }
 
-/// Makes the folder, for root alone.
+/// Makes the folder, for this user alone.
 pub fn make_folder() -> Result<()> {
-    match DirBuilder::new().mode(0o700).create(FOLDER) {
+    let folder = folder();
+    let shown = folder.display();
+    match DirBuilder::new().mode(0o700).create(&folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            Err(error).with_context(|| format!("making the folder {FOLDER}"))
+            Err(error).with_context(|| format!("making the folder {shown}"))
         }
         _ => {
-            let data = fs::symlink_metadata(FOLDER).with_context(|| FOLDER.to_string())?;
+            let data = fs::symlink_metadata(&folder).with_context(|| shown.to_string())?;
             if !data.is_dir() || data.uid() != nix::unistd::geteuid().as_raw() {
-                bail!("{FOLDER} is not a folder of this user; remove it");
+                bail!("{shown} is not a folder of this user; remove it");
             }
             Ok(())
         }
@@ -108,7 +121,7 @@ impl State {
 
     /// The device without a server that waits for one with this image, if there is one.
     pub fn waiting_for(identity: (u64, u64)) -> Option<Self> {
-        let names = fs::read_dir(FOLDER).ok()?.flatten().map(|entry| entry.file_name());
+        let names = fs::read_dir(folder()).ok()?.flatten().map(|entry| entry.file_name());
         let id = |name: OsString| name.to_str()?.strip_suffix(".json")?.parse().ok();
         let mut states = names.filter_map(id).filter_map(Self::load);
         states.find(|state| {
@@ -138,9 +151,10 @@ impl State {
     pub fn recorded(info: &DevInfo) -> Result<Self> {
         Self::of(info).with_context(|| {
             format!(
-                "of device {} nothing is recorded in {FOLDER} that can be read; it is not one of \
-                 ublk-qcow2, or of another version of it",
-                info.dev_id
+                "of device {} nothing is recorded in {} that can be read; it is not one of \
+                 ublk-qcow2, or of another user or version of it",
+                info.dev_id,
+                folder().display()
             )
         })
     }

@@ -203,6 +203,7 @@ const fn control(direction: u32, number: u32, name: &'static str) -> Command {
 }
 pub const GET_QUEUE_AFFINITY: Command = control(READ, 0x01, "GET_QUEUE_AFFINITY");
 pub const GET_DEV_INFO: Command = control(READ, 0x02, "GET_DEV_INFO");
+pub const GET_DEV_INFO2: Command = control(READ, 0x12, "GET_DEV_INFO2");
 pub const ADD_DEV: Command = control(READ_WRITE, 0x04, "ADD_DEV");
 pub const DEL_DEV: Command = control(READ_WRITE, 0x05, "DEL_DEV");
 pub const START_DEV: Command = control(READ_WRITE, 0x06, "START_DEV");
@@ -224,6 +225,7 @@ pub const F_CMD_IOCTL_ENCODE: u64 = 1 << 6;
 pub const F_SUPPORT_ZERO_COPY: u64 = 1 << 0;
 pub const F_USER_RECOVERY: u64 = 1 << 3;
 pub const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
+pub const F_UNPRIVILEGED_DEV: u64 = 1 << 5;
 pub const F_USER_COPY: u64 = 1 << 7;
 pub const F_USER_RECOVERY_FAIL_IO: u64 = 1 << 9;
 pub const F_UPDATE_SIZE: u64 = 1 << 10;
