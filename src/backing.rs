@@ -75,6 +75,7 @@ pub fn chain(
                  them into one image"
             );
         }
+        refuse_protocol(&named, &above)?;
         let format = format(&named, &above)?;
         let path =
             absolute(&folder, &named.name).with_context(|| format!("the backing file {shown}"))?;
@@ -121,6 +122,22 @@ fn qcow2_layer(source: &Source) -> Result<(Layer, Option<Backing>)> {
     let l1 = source.extent(header.l1_extent()).context("reading the L1 table")?;
     let layer = Layer::qcow2(&header, &l1, len, None)?;
     Ok((layer, header.backing().cloned()))
+}
+
+/// QEMU takes what comes before a colon in the first part of a name for a protocol (`json:`,
+/// `nbd:`, and `file:`, too). A file of that name would not be the one that QEMU shows.
+fn refuse_protocol(named: &Backing, above: &Path) -> Result<()> {
+    let first = named.name.split(|&byte| byte == b'/').next().unwrap_or_default();
+    if !first.contains(&b':') {
+        return Ok(());
+    }
+    bail!(
+        "the backing file {} is named with a protocol, which is not followed; name a file or \
+         block device with 'qemu-img rebase -u -b PATH -F FORMAT {}' (./ before a name with a \
+         colon)",
+        shown(&named.name),
+        quoted(above.as_os_str())
+    )
 }
 
 /// The declared format of a file beneath the image `above`.

@@ -9,6 +9,7 @@ use qcow2::check::repair::{Repair, RepairError, Repaired, Stage, repair};
 use qcow2::check::{CheckError, Report, check_with};
 use serde_json::{Map, Value, json};
 
+use crate::backing::quoted;
 use crate::cli::{CheckArgs, Output, RepairKind};
 use crate::image_file::ImageFile;
 use crate::list;
@@ -218,7 +219,7 @@ impl Outcome {
         }
         let name = list::plain(&args.file.to_string_lossy());
         writeln!(text, "{name}: {}", self.verdict())?;
-        if let Some(next) = self.next(args, &name) {
+        if let Some(next) = self.next(args) {
             writeln!(text, "{next}")?;
         }
         Ok(text)
@@ -253,7 +254,7 @@ impl Outcome {
     }
 
     /// What to do next, if anything.
-    fn next(&self, args: &CheckArgs, name: &str) -> Option<String> {
+    fn next(&self, args: &CheckArgs) -> Option<String> {
         let Report { corruptions, leaks, dirty, corrupt, .. } = self.report;
         let what = match (corruptions, leaks) {
             (0, 0) if !dirty && !corrupt => return None,
@@ -267,6 +268,7 @@ impl Outcome {
              'qemu-img convert', or restore a backup"
                 .to_string()
         } else {
+            let name = quoted(args.file.as_os_str());
             format!("repair with 'ublk-qcow2 check -f {name} --repair {what}'")
         })
     }

@@ -112,7 +112,9 @@ request fails. Needs `add --recovery` and Linux 6.16.")]
     /// Make the disk of a device larger while it is in use.
     #[command(after_help = "\
 Grows the image, and then the device; whoever uses it is told (of a file system: resize2fs,
-xfs_growfs). Requests wait for a moment, and none fails. Nothing is made smaller. Needs Linux 6.16.
+xfs_growfs). Requests wait meanwhile, mostly for a moment; where the L1 table of a large image has
+to move, until its refcounts are counted. None fails, but after a failure to write to the image it
+takes no more writes. Nothing is made smaller. Needs Linux 6.16.
 
 Refused, with the reason, for images with persistent bitmaps, an external data file, or a backing
 file that is longer than the disk; `qemu-img resize` grows some of them while nobody uses them.")]
@@ -186,7 +188,8 @@ pub struct AddArgs {
     #[arg(long)]
     pub read_only: bool,
 
-    /// Serve this internal snapshot, named by its ID or name; needs --read-only.
+    /// Serve this internal snapshot, named by its ID or name (or id=ID, name=NAME, where one is
+    /// called what is another's ID); needs --read-only.
     #[arg(long, value_name = "ID|NAME", requires = "read_only")]
     pub snapshot: Option<OsString>,
 

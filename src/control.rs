@@ -48,6 +48,8 @@ pub struct Control {
     file: File,
     /// None after a command that did not end.
     courier: Option<Courier>,
+    /// For who has threads by then, and cannot make another.
+    spare: Option<Courier>,
     /// Devices of users: the driver wants each command to name the device's node, and looks
     /// whether the caller may write to that.
     unprivileged: BTreeSet<u32>,
@@ -56,14 +58,27 @@ pub struct Control {
 impl Control {
     /// Opens the control device, or says what is missing. Before there is a second thread.
     pub fn open() -> Result<Self> {
+        Self::with_couriers(1)
+    }
+
+    /// The same for a server, which has threads when it has to stop its device.
+    pub fn for_server() -> Result<Self> {
+        Self::with_couriers(2)
+    }
+
+    fn with_couriers(count: usize) -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(PATH).map_err(explain)?;
-        let courier = Courier::start(&file).map_err(|error| match error.raw_os_error() {
-            Some(libc::EPERM) => {
-                anyhow!("io_uring is switched off; set the sysctl kernel.io_uring_disabled to 0")
-            }
-            _ => anyhow!("cannot start a process with an io_uring for ublk commands: {error}"),
-        })?;
-        Ok(Self { file, courier: Some(courier), unprivileged: BTreeSet::new() })
+        let start = |_| {
+            Courier::start(&file).map_err(|error| match error.raw_os_error() {
+                Some(libc::EPERM) => anyhow!(
+                    "io_uring is switched off; set the sysctl kernel.io_uring_disabled to 0"
+                ),
+                _ => anyhow!("cannot start a process with an io_uring for ublk commands: {error}"),
+            })
+        };
+        let mut couriers = (0..count).map(start).collect::<Result<Vec<_>>>()?;
+        let (courier, spare) = (couriers.pop(), couriers.pop());
+        Ok(Self { file, courier, spare, unprivileged: BTreeSet::new() })
     }
 
     /// The driver's feature flags.
@@ -228,11 +243,6 @@ impl Control {
         limit: Duration,
     ) -> Result<Answer, ControlError> {
         let failed = |errno| ControlError { command: command.name, errno, limit };
-        if self.courier.is_none() {
-            // Not where there are threads by now: then there are no more commands.
-            self.courier = Courier::start(&self.file).ok();
-        }
-        let courier = self.courier.as_mut().ok_or(failed(libc::ETIME))?;
         let path = match self.unprivileged.contains(&id) {
             true => format!("/dev/ublkc{id}\0").into_bytes(),
             false => Vec::new(),
@@ -244,17 +254,31 @@ impl Control {
             dev_path_len: u16::try_from(path.len()).expect("a short path"),
             ..CtrlCmd::default()
         };
-        let all = [&path[..], bytes].concat();
-        match courier.carry(&Errand::new(command.code, payload, &all), limit) {
-            Ok(answer) if answer.result < 0 => Err(failed(-answer.result)),
-            Ok(mut answer) => {
+        let errand = Errand::new(command.code, payload, &[&path[..], bytes].concat());
+        match self.carry(&errand, limit).map_err(&failed)? {
+            answer if answer.result < 0 => Err(failed(-answer.result)),
+            mut answer => {
                 answer.bytes.copy_within(path.len().., 0);
                 Ok(answer)
             }
-            Err(error) => {
+        }
+    }
+
+    /// Has a command carried out, by another courier where one has died. ETIME: it was not, or it
+    /// has not ended.
+    fn carry(&mut self, errand: &Errand, limit: Duration) -> Result<Answer, i32> {
+        loop {
+            // Where there are threads by now, there is no other but the spare one.
+            let next = || self.spare.take().or_else(|| Courier::start(&self.file).ok());
+            let mut courier = self.courier.take().or_else(next).ok_or(libc::ETIME)?;
+            match courier.carry(errand, limit) {
+                Ok(answer) => {
+                    self.courier = Some(courier);
+                    return Ok(answer);
+                }
                 // It goes on with its command, and ends after it.
-                self.courier = None;
-                Err(failed(error.raw_os_error().unwrap_or(libc::EIO)))
+                Err(error) if error.raw_os_error() == Some(libc::ETIME) => return Err(libc::ETIME),
+                Err(_) => {}
             }
         }
     }

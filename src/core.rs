@@ -80,11 +80,28 @@ impl Core {
         self.size.load(Ordering::Acquire)
     }
 
+    /// Holds requests back from now on; false: the device is being stopped.
+    pub fn hold(&self) -> bool {
+        let mut locked = self.lock();
+        let open = self.open.load(Ordering::Acquire);
+        locked.held = open == self.peers.len() && self.is_driven();
+        locked.held
+    }
+
+    /// Is there a thread for each queue, which carries out what the engine wants?
+    pub fn is_driven(&self) -> bool {
+        self.peers.iter().all(|peer| peer.ring.load(Ordering::Acquire) >= 0)
+    }
+
     /// Another engine for the same image, made from the present one, which is closed.
     pub fn replace<E>(&self, make: impl FnOnce(&mut Engine) -> Result<Engine, E>) -> Result<(), E> {
         let mut locked = self.lock();
         // The last thing that the old one has recorded is that nothing is of need any more.
         locked.record();
+        assert!(
+            locked.engine.is_idle(),
+            "replies are with their queues before an engine is closed"
+        );
         locked.engine = make(&mut locked.engine)?;
         self.size.store(locked.engine.virtual_size(), Ordering::Release);
         if self.open.load(Ordering::Acquire) == 0 {

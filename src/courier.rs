@@ -7,9 +7,10 @@
 //! exit than the wait for its commands. So a child that has nothing but the control device open
 //! sends them; whoever waits for it can stop waiting, and exit.
 //!
-//! The child ends when the other end of its socket is closed, or as soon as its command returns.
+//! The child ends with its parent: by a signal, when the other end of its socket is closed, or as
+//! soon as a command returns that nothing interrupts.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use bytemuck::{Pod, Zeroable};
 use nix::sys::prctl;
+use nix::sys::signal::Signal;
 use nix::unistd::{ForkResult, chdir, dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::buffer::{Area, PAGE};
@@ -124,6 +126,10 @@ fn work(socket: UnixStream, device: &File) -> io::Result<()> {
     dup2_stderr(&null)?;
     chdir("/")?;
     prctl::set_name(NAME)?;
+    // Where its command can be interrupted: START_DEV waits for a server that is gone.
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    // A server without it cannot stop its device. Who may not say so is no server of root's.
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     serve(socket, device)
 }
 

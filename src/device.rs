@@ -156,6 +156,16 @@ impl Device {
         let info =
             control.add(&asked).map_err(|error| explain(error.errno, error.into(), wanted.id))?;
         let device = Self { info, path, wanted };
+        if wanted.unprivileged {
+            // Until udev has made the user its owner, the driver takes no commands for it.
+            device.open_char().with_context(|| {
+                format!(
+                    "udev has to give the nodes of device {0} to the user, by the rules of the \
+                     package; `ublk-qcow2 del -n {0}` of root removes it",
+                    device.id()
+                )
+            })?;
+        }
         // The driver masks flags that it does not know without a word.
         if info.flags & asked.flags != asked.flags || info.nr_hw_queues > wanted.queues {
             device.delete(control);

@@ -182,7 +182,30 @@ pub fn mend(wanted: &Wanted, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result
     if header.is_dirty() {
         return recover::rebuild(&file.file, tell).map(Some);
     }
+    if header.is_foreign() {
+        // What these keep in the file would be taken for leaked.
+        return Ok(Some(
+            "leaks were not searched for: it has extensions or features that are not known"
+                .to_string(),
+        ));
+    }
     recover::reclaim(&file.file, &wanted.path, header.geometry().cluster_size())
+}
+
+/// Before a dead server's records are brought in: it may have died while the L1 table of the image
+/// moved (`resize.rs`), which is marked dirty then, and there are no records.
+pub fn mend_unfinished(
+    wanted: &Wanted,
+    id: u32,
+    tell: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<()> {
+    let file = open_source(&wanted.path, wanted, &mut Vec::new())?;
+    let len = file.len().context("cannot get the length of the file")?;
+    let header = read_header(&file, len, false, Purpose::Look)?;
+    if header.is_dirty() && Journal::open(id, &file).is_ok_and(|(_, records)| records.is_empty()) {
+        recover::rebuild(&file.file, tell)?;
+    }
+    Ok(())
 }
 
 /// Opens and locks a file that is written to if the image is.

@@ -6,8 +6,9 @@
 //! image as at its end; the image is grown; another engine takes over, on the same open files; and
 //! when that is ready requests go on. Last, the driver is told.
 //!
-//! What the header forbids is found before anything stops. A failure while the image is written is
-//! final for it as any other: the new engine takes no writes.
+//! Most of what stands in the way is found before anything stops. A failure while something is
+//! written that is in use is final for the image as any other: the new engine takes no writes. While
+//! the image is grown the main thread does nothing else: `list` and signals wait.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
@@ -23,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::ResizeArgs;
 use crate::control::Control;
-use crate::core::Core;
+use crate::core::{Core, Locked};
 use crate::files::{FileKind, Files, Source};
 use crate::link::MainEnd;
 use crate::open;
@@ -137,18 +138,35 @@ pub enum Grown {
 
 /// Grows the image beneath a device that is being served. An error is the end of serving it.
 pub fn grow(core: &Core, main: &MainEnd, files: &Files, size: u64) -> Result<Grown> {
-    let mut file = match Plain::new(&files.image) {
-        Ok(file) => file,
-        Err(error) => return Ok(Grown::Refused(error)),
-    };
-    let beneath = core.lock().engine.size_beneath();
-    if let Err(error) = file.explained(qcow2::resize::judge(&file, size, beneath)) {
+    if let Err(error) = judge(core, files, size) {
         return Ok(Grown::Refused(error));
     }
-    core.lock().held = true;
-    let idle = || core.lock().engine.is_idle();
-    if !until(main, Some(DRAIN_LIMIT), idle) {
-        release(core, main);
+    if !core.hold() {
+        return Ok(Grown::Refused(anyhow!("the device is being stopped")));
+    }
+    let grown = grow_held(core, main, files, size);
+    core.lock().held = false;
+    main.wake();
+    grown
+}
+
+/// What can be known before anything is stopped.
+fn judge(core: &Core, files: &Files, size: u64) -> Result<()> {
+    let (health, beneath) = {
+        let engine = &core.lock().engine;
+        (engine.health(), engine.size_beneath())
+    };
+    if let Health::Failed(failure) = health {
+        bail!("it takes no writes: {failure}");
+    }
+    let file = Plain::new(&files.image)?;
+    let can_grow = !files.image.kind.is_device();
+    file.explained(qcow2::resize::judge(&file, size, beneath, can_grow))
+}
+
+/// The same while requests are held back.
+fn grow_held(core: &Core, main: &MainEnd, files: &Files, size: u64) -> Result<Grown> {
+    if !until(core, main, Some(DRAIN_LIMIT), || core.lock().engine.is_idle())? {
         let seconds = DRAIN_LIMIT.as_secs();
         return Ok(Grown::Refused(anyhow!(
             "requests under way did not end within {seconds} s; nothing was changed"
@@ -156,50 +174,57 @@ pub fn grow(core: &Core, main: &MainEnd, files: &Files, size: u64) -> Result<Gro
     }
     core.lock().engine.close();
     // As long as this takes nothing could be served anyway.
-    until(main, None, || core.lock().engine.is_closed());
-    let mut grown = match core.lock().engine.health() {
-        Health::Failed(failure) => Grown::Failed(anyhow!("{failure}")),
-        Health::Good => Grown::Done,
+    until(core, main, None, || core.lock().engine.is_closed())?;
+    let health = core.lock().engine.health();
+    if let Health::Failed(failure) = health {
+        core.lock().engine.stay();
+        return Ok(Grown::Failed(anyhow!("{failure}")));
+    }
+    let mut file = Plain::new(&files.image)?;
+    let beneath = core.lock().engine.size_beneath();
+    let result = qcow2::resize::grow(&mut file, size, beneath);
+    let failed = result.as_ref().is_err_and(ResizeError::is_final);
+    let grown = match file.explained(result) {
+        Ok(()) => Grown::Done,
+        Err(error) if failed => Grown::Failed(error),
+        Err(error) => Grown::Refused(error),
     };
-    if let Grown::Done = grown {
-        // What closing has done to the file's length is to be seen.
-        file.len = files.image.len().context("the length of the file")?;
-        let result = qcow2::resize::grow(&mut file, size, beneath);
-        let failed = matches!(result, Err(ResizeError::Repair(_)));
-        if failed {
-            core.lock().engine.give_up(FailureKind::MetadataWrite);
-        }
-        match file.explained(result) {
-            Ok(()) => {}
-            Err(error) if failed => grown = Grown::Failed(error),
-            Err(error) => grown = Grown::Refused(error),
-        }
+    if failed {
+        core.lock().engine.give_up(FailureKind::MetadataWrite);
     }
     core.replace(|old| open::again(files, old)).context("opening the image once more")?;
-    until(main, None, || {
-        let locked = core.lock();
-        locked.engine.is_ready() || locked.engine.health() != Health::Good
-    });
-    release(core, main);
-    Ok(grown)
+    // It may also be closed at once: the device was stopped meanwhile.
+    until(core, main, None, || {
+        let Locked { engine, .. } = &*core.lock();
+        engine.is_ready() || engine.is_closed() || engine.health() != Health::Good
+    })?;
+    let health = core.lock().engine.health();
+    match health {
+        Health::Failed(failure) if !failed => Ok(Grown::Failed(anyhow!("{failure}"))),
+        _ => Ok(grown),
+    }
 }
 
-fn release(core: &Core, main: &MainEnd) {
-    core.lock().held = false;
-    main.wake();
-}
-
-/// Lets the queue threads go on until something is so; false: not within `limit`.
-fn until(main: &MainEnd, limit: Option<Duration>, is_so: impl Fn() -> bool) -> bool {
+/// Lets the queue threads go on until something is so; false: not within `limit`. An error if one
+/// of them has ended.
+fn until(
+    core: &Core,
+    main: &MainEnd,
+    limit: Option<Duration>,
+    is_so: impl Fn() -> bool,
+) -> Result<bool> {
     let begin = Instant::now();
     main.wake();
     while !is_so() {
+        if !core.is_driven() {
+            bail!("a queue has ended meanwhile");
+        }
         if limit.is_some_and(|limit| begin.elapsed() > limit) {
-            return false;
+            return Ok(false);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    true
+    Ok(true)
 }
 
 /// An image file that nobody else writes to at the moment.

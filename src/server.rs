@@ -65,7 +65,7 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
     // The tables were read into memory that is free again, of their size.
     sys::trim_memory();
     if !args.unprivileged {
-        flusher.context("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)")?;
+        flusher.context("PR_SET_IO_FLUSHER; run as root, or give --unprivileged")?;
         isolate::keep_resident()?;
     }
     let wanted = device::Wanted {
@@ -140,11 +140,15 @@ fn prepare(
 ) -> Result<(Control, Opened, Option<Arc<Fence>>)> {
     let mut wanted = wanted(args);
     if let What::Old { info, state } = what {
-        let mut control = Control::open()?;
+        let mut control = Control::for_server()?;
         reporter.stage("waiting for the last server's operations to end")?;
         let fence = Fence::take(info.dev_id)?;
         // Another may have served it since we looked.
         (*info, **state, _) = resume::waiting(&mut control, info.dev_id)?;
+        if !args.read_only {
+            let id = info.dev_id;
+            open::mend_unfinished(&wanted, id, &mut |stage| reporter.stage(stage))?;
+        }
         // A server that has handed its device over has left nothing in its journal.
         wanted.resume = (!args.read_only && !state.handed_over).then_some(info.dev_id);
         reporter.stage("opening the image")?;
@@ -153,12 +157,12 @@ fn prepare(
     reporter.stage("opening the image")?;
     if args.read_only {
         let opened = open::open(&wanted)?;
-        return Ok((Control::open()?, opened, None));
+        return Ok((Control::for_server()?, opened, None));
     }
     let identity = open::look(&wanted)?;
     // What the users of such a device wrote has to come before anything else that is written.
     State::waiting_for(identity).map_or(Ok(()), |state| state.refuse())?;
-    let control = Control::open()?;
+    let control = Control::for_server()?;
     // It can be served, and there is somebody to serve it: only now is anything written.
     let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
     let mut opened = open::open(&wanted)?;
@@ -388,11 +392,11 @@ impl Server {
                 Err(error) => return Err(error).context("poll"),
             }
             state::answer(&sockets.figures, || Figures::of(main));
-            self.obey(&sockets.orders)?;
             self.hear(reporter)?;
             if self.running == 0 {
                 return Ok(());
             }
+            self.obey(&sockets.orders)?;
             if self.signals.came() {
                 reporter.stopping();
                 return self.stop();

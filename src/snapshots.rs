@@ -32,19 +32,30 @@ pub fn read(file: &Source, table: Directory) -> Result<(Vec<Snapshot>, Extent)> 
     }
 }
 
-/// The snapshot with this ID or name.
+/// The snapshot with this ID or name; `id=` or `name=` before it says which of them, as where one is
+/// called what is another's ID.
 pub fn find(file: &Source, table: Option<Directory>, wanted: &OsStr) -> Result<Snapshot> {
     let Some(table) = table else {
         bail!("it has no internal snapshots; leave --snapshot out");
     };
     let (all, _) = read(file, table)?;
     let bytes = wanted.as_bytes();
-    let mut fitting = all.iter().filter(|one| one.id == bytes || one.name == bytes);
+    let fits = |one: &&Snapshot| match (bytes.strip_prefix(b"id="), bytes.strip_prefix(b"name=")) {
+        _ if one.id == bytes || one.name == bytes => true,
+        (Some(id), _) => one.id == id,
+        (_, Some(name)) => one.name == name,
+        _ => false,
+    };
+    let mut fitting = all.iter().filter(fits);
     match (fitting.next(), fitting.next()) {
         (Some(only), None) => Ok(only.clone()),
         (None, _) => bail!("it has no snapshot {wanted:?}; there are {}", list(&all)),
         (Some(_), Some(_)) => {
-            bail!("more than one snapshot has the ID or name {wanted:?}; there are {}", list(&all))
+            bail!(
+                "more than one snapshot has the ID or name {wanted:?}; give id=ID or name=NAME of \
+                 one of {}",
+                list(&all)
+            )
         }
     }
 }

@@ -375,10 +375,10 @@ impl Engine {
         &self.options
     }
 
-    /// Are there no requests?
+    /// Are there no requests, and no replies that nobody has taken?
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.active == 0
+        self.active == 0 && (0..self.options.queues).all(|queue| !self.has_something_for(queue))
     }
 
     /// Memory in use.

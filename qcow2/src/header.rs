@@ -27,6 +27,8 @@ const V3_LENGTH: usize = 104;
 pub(crate) const REFCOUNT_TABLE_FIELD: usize = 48;
 /// Byte offset of incompatible_features, of version 3.
 const INCOMPATIBLE_FIELD: usize = 72;
+/// The one compatible feature that is known.
+const LAZY_REFCOUNTS: u64 = 1;
 /// The L1 table is at most so long (as in QEMU), in bytes.
 const MAX_L1_BYTES: u64 = 32 << 20;
 /// The refcount table is at most so long (as in QEMU), in bytes.
@@ -117,6 +119,8 @@ pub struct Header {
     data_file: Option<DataFile>,
     bitmaps: Option<Bitmaps>,
     snapshots: Option<Directory>,
+    /// It has extensions or features of others, who may have clusters in the file.
+    foreign: bool,
     /// The first page of the file, to rewrite single fields of it.
     page: Vec<u8>,
     /// `page` is to be written before anything else is.
@@ -176,9 +180,15 @@ impl Header {
     /// The header of an image that is going to be written to, from one that was parsed for reading.
     ///
     /// # Errors
-    /// The image is marked dirty or corrupt.
+    /// The image is marked dirty or corrupt, or it has snapshots beside an external data file: of
+    /// a guest cluster there is one place, so that they cannot keep what the disk had.
     pub fn for_writing(mut self) -> Result<Self, OpenError> {
         self.features.may_write()?;
+        if let (Some(snapshots), Some(_)) = (self.snapshots, &self.data_file) {
+            let (name, field) = ("snapshots beside an external data file", "nb_snapshots");
+            let (value, next) = (snapshots.entries.into(), "serve it with --read-only");
+            return Err(OpenErrorInner::Feature { name, field, value, next }.into());
+        }
         if self.features.unknown_autoclear != 0 {
             let left = BigEndian::read_u64(&self.page[88..]) & !self.features.unknown_autoclear;
             BigEndian::write_u64(&mut self.page[88..], left);
@@ -222,6 +232,9 @@ impl Header {
                 None => None,
             },
             snapshots: Self::snapshot_table(bytes, geometry, file_len)?,
+            foreign: extensions.unknown
+                || features.unknown_autoclear != 0
+                || version > 2 && BigEndian::read_u64(&bytes[80..]) & !LAZY_REFCOUNTS != 0,
             page: bytes[..geometry.page_size().min(bytes.len())].to_vec(),
             rewrite: false,
         })
@@ -359,6 +372,13 @@ impl Header {
     #[must_use]
     pub fn is_corrupt(&self) -> bool {
         self.features.corrupt
+    }
+
+    /// Does it have extensions, or compatible or autoclear features, that are not known? What they
+    /// keep in the file looks as if it had leaked.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        self.foreign
     }
 
     /// Where the active L1 table lies.

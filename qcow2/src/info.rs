@@ -157,7 +157,8 @@ pub fn info<R: ReadAt + ?Sized>(image: &R) -> Result<Info, InfoError> {
     let bytes = first_cluster(image)?;
     let mut info = Info {
         version: BigEndian::read_u32(&bytes[4..]),
-        virtual_size: BigEndian::read_u64(&bytes[24..]),
+        // Whole sectors, as QEMU has it.
+        virtual_size: BigEndian::read_u64(&bytes[24..]) & !511,
         cluster_bits: BigEndian::read_u32(&bytes[20..]),
         refcount_order: 4,
         encryption: BigEndian::read_u32(&bytes[32..]),

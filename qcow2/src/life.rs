@@ -87,6 +87,14 @@ impl Engine {
         self.fail(kind, 0);
     }
 
+    /// An engine that was to be closed, and that has failed at that, serves reads again: what it
+    /// could not write is in its memory only.
+    pub fn stay(&mut self) {
+        if self.failed.is_some() && self.life == Life::Closed {
+            self.life = Life::Serving;
+        }
+    }
+
     /// Tells the operator.
     pub(crate) fn incident(&mut self, kind: FailureKind, offset: u64) {
         if self.incidents.len() < MAX_INCIDENTS {

@@ -35,7 +35,7 @@ use crate::units::{GuestOffset, HostOffset};
 /// What cannot be torn, in bytes.
 const SECTOR: usize = 512;
 
-/// Why the disk was not grown. The image is as it was, unless writing had begun.
+/// Why the disk was not grown. The image is as it was, unless that [is final](Self::is_final).
 #[derive(Debug)]
 pub enum ResizeError {
     /// The image cannot be written to.
@@ -48,8 +48,20 @@ pub enum ResizeError {
     Unsound(u64),
     /// An entry of a table is bad.
     Entry(&'static str),
-    /// Reading, writing or counting failed.
+    /// Reading, writing or counting failed, before anything was changed that is in use.
     Repair(RepairError),
+    /// It failed later, or a sync did.
+    Final(RepairError),
+    /// The refcounts could not be made right. The image has the new size, and is marked dirty.
+    NotCounted,
+}
+
+impl ResizeError {
+    /// Must nobody write to the image any more, as after any failed write of metadata?
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Final(_) | Self::NotCounted | Self::Repair(RepairError::Sync))
+    }
 }
 
 impl fmt::Display for ResizeError {
@@ -66,7 +78,10 @@ impl fmt::Display for ResizeError {
                 write!(f, "the image is not sound ({count} corruptions); repair it first")
             }
             Self::Entry(why) => write!(f, "an entry of a table is bad: {why}"),
-            Self::Repair(error) => error.fmt(f),
+            Self::Repair(error) | Self::Final(error) => error.fmt(f),
+            Self::NotCounted => f.write_str(
+                "the refcounts could not be made right; look at the image with 'ublk-qcow2 check'",
+            ),
         }
     }
 }
@@ -99,27 +114,54 @@ impl From<BadWord> for ResizeError {
 
 /// What of the refusals the header tells; writes nothing, and the image may be in use.
 ///
+/// `can_grow`: the file can become longer.
+///
 /// # Errors
 /// See [`ResizeError`].
-pub fn judge<F: ReadAt>(file: &F, size: u64, beneath: u64) -> Result<(), ResizeError> {
+pub fn judge<F: ReadAt>(
+    file: &F,
+    size: u64,
+    beneath: u64,
+    can_grow: bool,
+) -> Result<(), ResizeError> {
     let (header, mut first) = header(file)?;
     if size == header.virtual_size() {
         return Ok(());
     }
     may_grow(&header, size, beneath)?;
-    let len = header.geometry().l1_entries_for(size) * 8;
-    let l1 = Extent { len: len.max(header.l1_extent().len), ..header.l1_extent() };
+    let (l1, moves) = new_table(&header, size);
     set_fields(&mut first, size, l1);
     // Where the table will be is not known yet, only how long it is.
     Header::parse(&first, u64::MAX, false)?;
+    if moves && !can_grow {
+        return Err(ResizeError::Refused(
+            "its L1 table has no room, and on a block device there is none behind the image; \
+             'qemu-img resize' finds some, while nobody uses it",
+        ));
+    }
+    if moves && header.version() < 3 {
+        return Err(ResizeError::Refused(NO_ROOM_IN_2));
+    }
     Ok(())
+}
+
+const NO_ROOM_IN_2: &str = "its L1 table has no room, and of version 2 it cannot be moved; \
+                            'qemu-img amend -o compat=1.1' makes version 3 of it, while nobody \
+                            uses the image";
+
+/// The L1 table for a disk of `size` bytes, where it is now, and whether it cannot stay there.
+fn new_table(header: &Header, size: u64) -> (Extent, bool) {
+    let (geometry, have) = (header.geometry(), header.l1_extent());
+    let need = geometry.l1_entries_for(size) * 8;
+    let room = geometry.clusters_for(have.len) << geometry.cluster_bits();
+    (Extent { offset: have.offset, len: need.max(have.len) }, need > room)
 }
 
 /// Makes the virtual disk `size` bytes large, a multiple of 512; nothing, if it is. `beneath` is
 /// the size of the disk of its backing file, or 0.
 ///
 /// # Errors
-/// See [`ResizeError`]. After [`ResizeError::Repair`] the image may have the new size.
+/// See [`ResizeError`]. After a final one the image may have the new size.
 pub fn grow<F: RepairIo>(file: &mut F, size: u64, beneath: u64) -> Result<(), ResizeError> {
     sync(file)?;
     let (header, mut first) = header(file)?;
@@ -128,12 +170,8 @@ pub fn grow<F: RepairIo>(file: &mut F, size: u64, beneath: u64) -> Result<(), Re
         return Ok(());
     }
     may_grow(&header, size, beneath)?;
-    let geometry = header.geometry();
-    let entries = geometry.l1_entries_for(size);
-    let (have, need) = (header.l1_extent(), entries * 8);
-    let room = geometry.clusters_for(have.len) << geometry.cluster_bits();
-    let l1 = Extent { offset: have.offset, len: need.max(have.len) };
-    let moves = need > room;
+    let (geometry, have) = (header.geometry(), header.l1_extent());
+    let (l1, moves) = new_table(&header, size);
     let l1 = if moves { Extent { offset: end_of(file, &header)?, ..l1 } } else { l1 };
     // What the image will say is read as anybody would, before anything is written.
     set_fields(&mut first, size, l1);
@@ -146,16 +184,30 @@ pub fn grow<F: RepairIo>(file: &mut F, size: u64, beneath: u64) -> Result<(), Re
     if moves {
         file.set_len(end).map_err(|_| RepairError::Grow(end))?;
         copy(file, have, l1.offset)?;
+        // Written, so that it has its space: nothing may be missing when it is used.
+        zero(file, l1.offset + have.len, end - l1.offset - have.len)?;
         sync(file)?;
         first[79] |= 1;
-    } else if need > have.len {
-        zero(file, have.end(), need - have.len)?;
+    } else if l1.len > have.len {
+        zero(file, have.end(), l1.len - have.len).map_err(last)?;
         sync(file)?;
     }
-    write(file, 0, &first[..SECTOR])?;
+    write(file, 0, &first[..SECTOR]).map_err(last)?;
     sync(file)?;
-    rebuild_if_dirty(file, &mut |_, _, _| {})?;
-    Ok(())
+    match rebuild_if_dirty(file, &mut |_, _, _| {}).map_err(ResizeError::Final)? {
+        Some(done) if done.after.dirty || done.after.corruptions != 0 => {
+            Err(ResizeError::NotCounted)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An error while what is in use is written.
+fn last(error: ResizeError) -> ResizeError {
+    match error {
+        ResizeError::Repair(error) => ResizeError::Final(error),
+        other => other,
+    }
 }
 
 /// The header and the bytes it was read from, at least a sector.
@@ -195,10 +247,7 @@ fn may_grow(header: &Header, size: u64, beneath: u64) -> Result<(), ResizeError>
 
 fn may_move<F: RepairIo>(file: &F, header: &Header) -> Result<(), ResizeError> {
     if header.version() < 3 {
-        return Err(ResizeError::Refused(
-            "its L1 table has no room, and of version 2 it cannot be moved; 'qemu-img amend -o \
-             compat=1.1' makes version 3 of it, while nobody uses the image",
-        ));
+        return Err(ResizeError::Refused(NO_ROOM_IN_2));
     }
     // An entry that leads behind the end of the file would lead to the new table.
     match check(file)?.corruptions {

@@ -20,10 +20,11 @@
 //! In an external data file each guest cluster has its place for good. What is data there stays
 //! mapped: write zeroes writes zeros, and a discard punches a hole into the data file, or where it
 //! is to keep the space, makes it a zero cluster. A raw data file must read like the virtual disk
-//! for those who open it alone: there a discard that keeps the space writes zeros. Holes and zeros
-//! need no order with anything else, and the next FLUSH syncs them as it does any write. Only a
-//! cluster of which some subclusters show what lies beneath becomes a zero cluster wherever it is
-//! discarded.
+//! for those who open it alone: there a discard that keeps the space writes zeros, and what reads
+//! as zeros already is made zeros in the data file, too, since a write may have ended there before
+//! its mapping. Holes and zeros need no order with anything else, and the next FLUSH syncs them as
+//! it does any write. Only a cluster of which some subclusters show what lies beneath becomes a
+//! zero cluster wherever it is discarded.
 
 use crate::cache::SlotId;
 use crate::engine::Engine;
@@ -128,6 +129,10 @@ impl Engine {
             Mapping::Unallocated { .. } => self.beneath(guest, piece.bytes.into()) == 0,
             Mapping::Data(_) | Mapping::Compressed(_) => false,
         };
+        if zero && self.has_raw_data_file() {
+            self.zero_place(id, guest, piece.bytes, Change::Fill);
+            return Ok(());
+        }
         if zero {
             self.requests[id].pos += piece.bytes;
             return Ok(());
@@ -200,7 +205,15 @@ impl Engine {
             None => {
                 let entries = self.geometry().l2_entries();
                 let clusters = piece.clusters.min(entries - (piece.cluster.0 & (entries - 1)));
-                let beneath = self.beneath(piece.cluster.0 << bits, clusters << bits);
+                let guest = piece.cluster.0 << bits;
+                let beneath = self.beneath(guest, clusters << bits);
+                if beneath == 0 && self.has_raw_data_file() {
+                    let change = self.place_change(how);
+                    // What is written goes out cluster by cluster: 2 MiB at the most.
+                    let clusters = if matches!(change, Change::Fill) { 1 } else { clusters };
+                    self.zero_place(id, guest, self.cut(piece, clusters).bytes, change);
+                    return Ok(());
+                }
                 if beneath == 0 || (how.discard && !self.has_zero_flag()) {
                     self.requests[id].pos += self.cut(piece, clusters).bytes;
                     return Ok(());
@@ -238,23 +251,39 @@ impl Engine {
                 }
                 Change::Write(mapping) => return self.write_piece(id, one, mapping),
                 change @ (Change::Punch | Change::Fill) => {
-                    let offset = cluster.0 << bits;
-                    let kind = if matches!(change, Change::Punch) {
-                        mark!("zero.punched_data_file");
-                        OpKind::Punch { offset, len: 1 << bits }
-                    } else {
-                        mark!("zero.filled_data_file");
-                        // Not behind the end of the virtual disk: the file must not grow.
-                        OpKind::WriteZeros { offset, len: one.bytes }
-                    };
-                    self.emit_to(Owner::Request(id), self.data_file(), kind);
-                    self.requests[id].pos += one.bytes;
+                    self.zero_place(id, cluster.0 << bits, one.bytes, change);
                     return Ok(());
                 }
             }
             self.requests[id].pos += one.bytes;
         }
         Ok(())
+    }
+
+    /// Makes zeros of a place in the data file.
+    fn zero_place(&mut self, id: RequestId, offset: u64, bytes: u32, how: Change) {
+        let kind = if matches!(how, Change::Punch) {
+            mark!("zero.punched_data_file");
+            let size = self.geometry().cluster_size();
+            OpKind::Punch { offset, len: u64::from(bytes).next_multiple_of(size) }
+        } else {
+            mark!("zero.filled_data_file");
+            // Not behind the end of the virtual disk: the file must not grow.
+            OpKind::WriteZeros { offset, len: bytes }
+        };
+        self.emit_to(Owner::Request(id), self.data_file(), kind);
+        self.requests[id].pos += bytes;
+    }
+
+    fn has_raw_data_file(&self) -> bool {
+        self.header.data_file().is_some_and(|file| file.raw)
+    }
+
+    /// What is done to the place of clusters that read as zeros, in a raw data file.
+    fn place_change(&self, how: Zeroing) -> Change {
+        let unmap = if how.discard { self.options.discards == Discards::Unmap } else { how.unmap };
+        // On a file system without holes it stays as it is: the disk reads zeros all the same.
+        if unmap { Change::Punch } else { Change::Fill }
     }
 
     fn has_zero_flag(&self) -> bool {
@@ -305,6 +334,9 @@ impl Engine {
         let beneath = self.beneath(cluster.0 << bits, 1 << bits) != 0;
         let zero = known.zero || (known.unallocated && !beneath);
         let unmap = if how.discard { self.options.discards == Discards::Unmap } else { how.unmap };
+        if zero && self.has_raw_data_file() {
+            return Ok(self.place_change(how));
+        }
         if zero && !(unmap && known.counts) {
             return Ok(Change::Nothing);
         }
@@ -312,8 +344,7 @@ impl Engine {
             if !how.discard {
                 return Ok(Change::Write(known.mapping));
             }
-            let raw = self.header.data_file().is_some_and(|file| file.raw);
-            if !unmap && !raw {
+            if !unmap && !self.has_raw_data_file() {
                 let place = self.decoder.data_word(Decoder::data_cluster(cluster));
                 return Ok(Change::Entry(self.decoder.zero_entry(place)));
             }

@@ -163,15 +163,19 @@ fn each_file_is_relative_to_the_folder_of_the_one_above_it() {
 }
 
 #[test]
-fn names_with_prefixes_are_only_names() {
+fn names_with_protocols_are_refused() {
     let folder = Folder::new();
-    for name in ["json:{\"file\":\"x\"}", "nbd://localhost", "file:base.raw", "/dev/fd/0"] {
+    folder.file("file:base.raw", &[0; 512]);
+    for name in ["json:{\"file\":\"x\"}", "nbd://localhost", "file:base.raw"] {
         let path = folder.file("top.qcow2", &over(name, Some("raw")));
         let error = folder.refusal(&path, &[]);
-        assert!(error.contains("does not exist") || error.contains("own folder"), "{error}");
+        assert!(error.contains("protocol") && error.contains("rebase -u"), "{error}");
     }
-    folder.file("file:base.raw", &[0; 512]);
-    let path = folder.file("top.qcow2", &over("file:base.raw", Some("raw")));
+    let path = folder.file("top.qcow2", &over("/dev/fd/0", Some("raw")));
+    let error = folder.refusal(&path, &[]);
+    assert!(error.contains("own folder"), "{error}");
+    // For QEMU a colon behind a slash is one.
+    let path = folder.file("top.qcow2", &over("./file:base.raw", Some("raw")));
     folder.served(&path, &[]);
 }
 

@@ -27,7 +27,10 @@ trap "exit 143" TERM
 # torn a device away from under its users.
 mark="$test_name begins as $$"
 echo "$mark" >/dev/kmsg
-kernel_log() { dmesg | sed "1,/$mark/d"; }
+kernel_log() {
+    dmesg | awk -v mark="$mark" 'found; index($0, mark) { found = 1 } END { exit !found }' ||
+        fail "the kernel's log is too short to have all of this test"
+}
 
 say() { echo "$test_name [$SECONDS s]: $*"; }
 fail() {

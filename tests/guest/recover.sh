@@ -164,7 +164,8 @@ for ((round = 1; round <= ROUNDS; round++)); do
     echo 3 >/proc/sys/vm/drop_caches
     within 60 sha256sum --quiet -c "sums.$round" || fail "round $round, SEED=$SEED: a file differs"
 done
-! kernel_log | grep -E 'I/O error|EXT4-fs error' || fail "an error was seen above the device"
+kernel_log >kernel.log
+! grep -E 'I/O error|EXT4-fs error' kernel.log || fail "an error was seen above the device"
 sync
 echo 3 >/proc/sys/vm/drop_caches
 cat sums.* | within 100 sha256sum --quiet -c || fail "SEED=$SEED: a file differs at the end"

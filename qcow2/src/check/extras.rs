@@ -17,6 +17,8 @@ const MAX_SNAPSHOT_EXTRA: u64 = 1024;
 const MIN_SNAPSHOT_EXTRA_V3: u64 = 16;
 
 const BITMAP_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bit 0 of the flags of a bitmap.
+const BITMAP_IN_USE: u32 = 1;
 const BITMAP_ALL_ONES: u64 = 1;
 const MAX_BITMAP_TABLE: u64 = 0x0800_0000;
 const MAX_BITMAP_BYTES: u64 = 0x2000_0000;
@@ -183,7 +185,8 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
             && kind == 1
             && name <= 1023
             && next <= end
-            && covers >= u128::from(self.head.virtual_size);
+            // One in use may be from before the disk was grown: it is out of date anyway.
+            && (flags & BITMAP_IN_USE != 0 || covers >= u128::from(self.head.virtual_size));
         if !good {
             self.note(FindingKind::BitmapDirectory, at, table, 0, 1);
             self.state.incomplete = true;

@@ -57,6 +57,8 @@ pub(super) struct Extensions<'a> {
     pub(super) backing_format: Option<&'a [u8]>,
     pub(super) data_file: Option<&'a [u8]>,
     pub(super) bitmaps: Option<&'a [u8]>,
+    /// There are others.
+    pub(super) unknown: bool,
 }
 
 /// Walks the header extensions (specification: "Header extensions"), which end before `end`.
@@ -76,6 +78,7 @@ pub(super) fn extensions(
         backing_format: None,
         data_file: None,
         bitmaps: None,
+        unknown: false,
     };
     // The area ends with an END extension, at the backing file name, or with the cluster.
     let area = &bytes[..bytes.len().min(end)];
@@ -100,7 +103,7 @@ pub(super) fn extensions(
             DATA_FILE => found.data_file = Some(data),
             BITMAPS => found.bitmaps = Some(data),
             ENCRYPTION => return refuse("encryption (LUKS)", DECRYPT),
-            _ => {}
+            _ => found.unknown = true,
         }
         at += 8 + len.next_multiple_of(8);
     }

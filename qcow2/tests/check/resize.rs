@@ -5,7 +5,7 @@ use std::path::Path;
 
 use qcow2::check::check;
 use qcow2::check::repair::{RepairError, rebuild_if_dirty};
-use qcow2::resize::{ResizeError, grow};
+use qcow2::resize::{self, ResizeError, grow};
 
 use crate::crash::{Disk, Event, apply, guest, sectors};
 use crate::damage::u64_at;
@@ -182,5 +182,27 @@ fn what_cannot_be_done_is_said_and_not_begun() {
     let mut disk = Disk { fixed: true, ..Disk::new(&image) };
     let error = grow(&mut disk, now + (1 << 30), 0).unwrap_err();
     assert!(matches!(error, ResizeError::Repair(RepairError::Grow(_))), "{error}");
+    assert!(!error.is_final());
     assert_eq!(disk.now, image);
+    assert!(resize::judge(&disk, now + (1 << 30), 0, true).is_ok());
+    let error = resize::judge(&disk, now + (1 << 30), 0, false).unwrap_err();
+    assert!(error.to_string().contains("block device"), "{error}");
+}
+
+#[test]
+fn a_write_that_fails_is_final_once_something_in_use_is_written() {
+    let image = base("v3-4k");
+    let size = u64_at(&image, SIZE_FIELD) + (1 << 30);
+    let whole = grown(&image, size, 0).0.events;
+    let header = |event: &Event| matches!(event, Event::Write(0, _));
+    let first = whole.iter().position(header).expect("the header is written");
+    for (good, event) in whole.iter().enumerate() {
+        let mut disk = Disk { good, ..Disk::new(&image) };
+        let error = grow(&mut disk, size, 0).unwrap_err();
+        let last = good >= first || *event == Event::Sync;
+        assert_eq!(error.is_final(), last, "{good}: {error}");
+        if !error.is_final() {
+            assert_eq!(disk.now[..image.len()], image, "{good}: {error}");
+        }
+    }
 }
