@@ -7,8 +7,8 @@
 //! when that is ready requests go on. Last, the driver is told.
 //!
 //! Most of what stands in the way is found before anything stops. A failure while something is
-//! written that is in use is final for the image as any other: the new engine takes no writes. While
-//! the image is grown the main thread does nothing else: `list` and signals wait.
+//! written that is in use is final for the image as any other: the new engine takes no writes.
+//! While the image is grown the main thread does nothing else: `list` and signals wait.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};

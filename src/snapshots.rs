@@ -32,8 +32,8 @@ pub fn read(file: &Source, table: Directory) -> Result<(Vec<Snapshot>, Extent)> 
     }
 }
 
-/// The snapshot with this ID or name; `id=` or `name=` before it says which of them, as where one is
-/// called what is another's ID.
+/// The snapshot with this ID or name; `id=` or `name=` before it says which of them, as where one
+/// is called what is another's ID.
 pub fn find(file: &Source, table: Option<Directory>, wanted: &OsStr) -> Result<Snapshot> {
     let Some(table) = table else {
         bail!("it has no internal snapshots; leave --snapshot out");

@@ -1,12 +1,13 @@
-//! `/run/ublk-qcow2` (of other users than root: `$XDG_RUNTIME_DIR/ublk-qcow2`): what a daemon says about its device to `list` and `del`.
+//! `/run/ublk-qcow2`: what a daemon says about its device to `list` and `del`. (Of other users than
+//! root that is `$XDG_RUNTIME_DIR/ublk-qcow2`.)
 //!
 //! `N.json` describes the daemon of device N. It is written when the device is there, rewritten if
 //! closing the image fails, and removed after a clean close. So after a daemon has ended: no file
 //! means all is well, a file with `close_error` says what failed, and a file without it means that
 //! the daemon died. `N.sock` gives live figures as JSON, one object per connection; `N.orders`
-//! takes what it is to do (`resize.rs`). A device that
-//! outlives its daemon also has `N.journal` and `N.fence` (`journal.rs`, `fence.rs`). `N.trusted`
-//! or `N.untrusted`, which is empty, is for the udev rules (`src/dist/`).
+//! takes what it is to do (`resize.rs`). A device that outlives its daemon also has `N.journal`
+//! and `N.fence` (`journal.rs`, `fence.rs`). `N.trusted` or `N.untrusted`, which is empty, is for
+//! the udev rules (`src/dist/`).
 
 use std::env;
 use std::ffi::OsString;
