@@ -133,7 +133,7 @@ Exit status, as of `qemu-img check`:
   2   corruptions (with --repair: those that are left)
   3   leaked clusters, and nothing worse
   63  the image is of a kind that cannot be checked or repaired: another version, a feature that is
-      not known, or, for a repair, encryption
+      not known, or, for a repair, encryption (where `qemu-img check -f qcow2` may exit with 1)
 
 A check only reads, and shares the image with other readers. A repair needs it for itself. Stopped
 at any moment, a repair leaves the image no worse than it was. What it cannot put right without a

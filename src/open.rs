@@ -287,6 +287,24 @@ mod tests {
     }
 
     #[test]
+    fn what_unknown_extensions_may_own_is_not_given_back() {
+        let sound = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/images/v3-512.qcow2");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("foreign.qcow2");
+        let mut bytes = fs::read(sound).unwrap();
+        // Behind the header, whose length is in bytes 100 to 103, there is no extension yet; now
+        // one of no bytes.
+        let at = usize::from(bytes[103]);
+        assert_eq!(bytes[at..at + 16], [0; 16]);
+        bytes[at..at + 4].copy_from_slice(b"else");
+        fs::write(&path, &bytes).unwrap();
+        look(&wanted(&path, false)).unwrap();
+        let note = mend(&wanted(&path, false), &mut |_| Ok(())).unwrap();
+        assert!(note.unwrap().contains("not known"));
+        assert_eq!(fs::read(&path).unwrap(), bytes);
+    }
+
+    #[test]
     fn where_leaks_are_not_searched_for_one_line_says_so() {
         let sound = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/images/v3-512.qcow2");
         let folder = tempfile::tempdir().unwrap();

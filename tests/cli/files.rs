@@ -250,6 +250,36 @@ fn a_snapshot_is_served_for_reading_by_its_id_or_name() {
 }
 
 #[test]
+fn a_snapshot_whose_id_is_the_name_of_another_is_served_by_either() {
+    let folder = Folder::new();
+    let mut bytes = with_snapshots();
+    // Snapshot 1 is called "2" now.
+    put(&mut bytes, (4 << 16) + 14, 1, 2);
+    put(&mut bytes, (4 << 16) + 41, u64::from(b'2'), 1);
+    let path = folder.file("snapshots.qcow2", &bytes);
+    let error = folder.refusal(&path, &["--read-only", "--snapshot", "2"]);
+    assert!(error.contains("more than one") && error.contains("id=ID"), "{error}");
+    for one in ["id=2", "name=2", "id=1", "1", "name=after"] {
+        folder.served(&path, &["--read-only", "--snapshot", one]);
+    }
+    let error = folder.refusal(&path, &["--read-only", "--snapshot", "name=1"]);
+    assert!(error.contains("no snapshot"), "{error}");
+}
+
+#[test]
+fn snapshots_beside_a_data_file_are_only_read() {
+    let folder = Folder::new();
+    let data = folder.file("data.raw", &[0; 512]);
+    let mut bytes = with_snapshots();
+    put(&mut bytes, 72, 4, 8); // incompatible_features
+    let path = folder.file("both.qcow2", &bytes);
+    let name = data.to_str().unwrap();
+    let error = folder.refusal(&path, &["--data-file", name]);
+    assert!(error.contains("snapshots beside an external data file"), "{error}");
+    folder.served(&path, &["--data-file", name, "--read-only"]);
+}
+
+#[test]
 fn a_corrupt_image_is_served_for_reading_and_a_dirty_one_is_mended() {
     let folder = Folder::new();
     let mut bytes = image();
