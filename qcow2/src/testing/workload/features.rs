@@ -152,6 +152,23 @@ pub(super) fn files() -> Vec<Workload> {
                 ImageSpec { data_file: Some(DataFile::Raw), every: 1, ..half() },
             )
         },
+        extended(
+            "data-file-extended",
+            ImageSpec { data_file: Some(DataFile::Own(64 << 10)), ..plain(14, 64 << 10) },
+        ),
+        extended(
+            "data-file-extended-beneath",
+            ImageSpec {
+                data_file: Some(DataFile::Own(32 << 10)),
+                backing: 40 << 10,
+                ..plain(14, 64 << 10)
+            },
+        ),
+        // It runs full.
+        device(
+            "device-full",
+            ImageSpec { device: 40 << 10, refcount_order: 4, every: 4, ..half() },
+        ),
         device("device", ImageSpec { device: 192 << 10, refcount_order: 5, ..half() }),
         Workload {
             punch: false,
