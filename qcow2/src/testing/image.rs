@@ -46,6 +46,8 @@ pub struct ImageSpec {
     pub snapshots: u32,
     /// Guest data lies in a file of its own.
     pub data_file: Option<DataFile>,
+    /// A persistent bitmap.
+    pub bitmap: bool,
     /// The file is so many bytes long, with garbage behind what is in use; 0 for as it comes.
     pub device: u64,
 }
@@ -97,6 +99,9 @@ pub struct Setting {
     pub beneath: Vec<SectorId>,
     /// What each snapshot's sectors read as.
     pub snapshots: Vec<Vec<SectorId>>,
+    /// Clusters that are others' for good, by their first sector, and what stands in them; nothing
+    /// where that may change.
+    pub others: Vec<(usize, Vec<SectorId>)>,
     /// What compressed clusters hold, by their L2 entry.
     pub compressed: HashMap<u64, Packed>,
 }
@@ -141,6 +146,7 @@ impl ImageSpec {
             extended: false,
             snapshots: 0,
             data_file: None,
+            bitmap: false,
             device: 0,
         }
     }
@@ -164,7 +170,8 @@ impl ImageSpec {
         let l1 = file.take((l1_entries * 8).div_ceil(cluster));
         let mut content = setting.beneath.clone();
         content.resize(size(self.guest) / SECTOR, SectorId::ZERO);
-        self.header(&mut file, (table, l1, l1_entries));
+        let bitmap = self.bitmap.then(|| self.put_bitmap(&mut file, pool));
+        self.header(&mut file, (table, l1, l1_entries), bitmap.map(|[directory, ..]| directory));
         let data = self.data_file.map(|kind| match kind {
             DataFile::Raw => vec![0; size(self.guest)],
             DataFile::Own(_) => {
@@ -185,6 +192,12 @@ impl ImageSpec {
             data.truncate(size(len));
         }
         let mut bytes = file.bytes;
+        for (number, at) in bitmap.into_iter().flatten().enumerate() {
+            let cluster = bytes[size(at)..size(at + cluster)].chunks(SECTOR);
+            // Its flags are in the directory: it is going to be marked as in use.
+            let kept = cluster.map(|sector| pool.intern(sector)).filter(|_| number != 0);
+            setting.others.push((size(at) / SECTOR, kept.collect()));
+        }
         for place in bytes.len() as u64 / 512..self.device / 512 {
             bytes.extend(garbage(place, pool));
         }
@@ -236,7 +249,28 @@ impl ImageSpec {
         }
     }
 
-    fn header(&self, file: &mut Writer, (table, l1, l1_entries): (u64, u64, u64)) {
+    /// A bitmap of one cluster (specification: "Bitmaps"): its directory, its table, itself.
+    fn put_bitmap(&self, file: &mut Writer, pool: &mut Pool) -> [u64; 3] {
+        let [directory, table, data] = [(); 3].map(|()| file.take(1));
+        file.put_word(directory, table);
+        file.put(directory + 8, &1_u32.to_be_bytes()); // bitmap_table_size
+        file.put(directory + 12, &2_u32.to_be_bytes()); // flags: auto
+        file.put(directory + 16, &[1, 9]); // type, granularity_bits
+        file.put(directory + 18, &2_u16.to_be_bytes()); // name_size
+        file.put(directory + 24, b"b0");
+        file.put_word(table, data);
+        for place in 0..(1_u64 << self.cluster_bits) / 512 {
+            file.put(data + place * 512, &garbage(place, pool));
+        }
+        [directory, table, data]
+    }
+
+    fn header(
+        &self,
+        file: &mut Writer,
+        (table, l1, l1_entries): (u64, u64, u64),
+        bitmaps: Option<u64>,
+    ) {
         let l1_entries = u32::try_from(l1_entries).expect("a small L1 table");
         file.put(0, b"QFI\xfb");
         file.put(4, &self.version.to_be_bytes());
@@ -250,7 +284,8 @@ impl ImageSpec {
         if self.version == 3 {
             let bit = |set: bool, bit: u64| u64::from(set) << bit;
             file.put_word(72, bit(self.data_file.is_some(), 2) | bit(self.extended, 4));
-            file.put_word(88, bit(self.data_file == Some(DataFile::Raw), 1));
+            let raw = bit(self.data_file == Some(DataFile::Raw), 1);
+            file.put_word(88, raw | bit(self.bitmap, 0));
             file.put(96, &self.refcount_order.to_be_bytes());
             file.put(100, &104_u32.to_be_bytes());
             end = 104;
@@ -265,6 +300,10 @@ impl ImageSpec {
         };
         if self.data_file.is_some() {
             extension(file, 0x4441_5441, DATA_NAME.as_bytes());
+        }
+        if let Some(directory) = bitmaps {
+            let words = [1 << 32, 32, directory].map(u64::to_be_bytes);
+            extension(file, 0x2385_2875, words.as_flattened());
         }
         let (name, kind) = match self.chain {
             Some(_) => (MIDDLE_NAME, &b"qcow2"[..]),

@@ -64,7 +64,7 @@ struct Cluster {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Use {
-    /// Header, L1 tables, refcount table and blocks, table of snapshots.
+    /// Header, L1 tables, refcount table and blocks, table of snapshots, bitmaps.
     Fixed = 1,
     /// An L2 table of the disk as it is now, or of a snapshot.
     Table = 2,
@@ -150,6 +150,7 @@ impl Judge {
         self.content = content;
         top ^= result?;
         self.read_snapshots(&state, &format)?;
+        self.read_others(&state, &format)?;
         let leaks = self.compare()?;
         Ok(Summary { leaks: leaks + behind, top })
     }
@@ -180,6 +181,20 @@ impl Judge {
                 return Err(std::format!(
                     "sector {place} of snapshot {number} was {wanted} and is {found}"
                 ));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is others' is counted, and as it was.
+    fn read_others(&mut self, state: &State, format: &Format) -> Result<(), String> {
+        for (first, kept) in &state.setting.others {
+            self.refer_sectors(format, *first, 1, "a bitmap")?;
+            for (place, &wanted) in (*first..).zip(kept) {
+                if state.sector(place) != wanted {
+                    let found = describe(state.pool, state.sector(place));
+                    return Err(std::format!("sector {place}, of a bitmap, holds {found}"));
+                }
             }
         }
         Ok(())

@@ -425,7 +425,8 @@ impl Run {
             let request = self.guest.answer(reply.tag, reply.result, &found, &pool)?;
             drop(pool);
             // A device may run full, and says so to whoever needs more of it.
-            let full = self.workload.options.fixed_size && reply.result == Err(IoErrorKind::NoSpace);
+            let full =
+                self.workload.options.fixed_size && reply.result == Err(IoErrorKind::NoSpace);
             let excused = self.faulted || self.workload.errors != 0 || full;
             if let (Err(kind), false) = (reply.result, excused) {
                 let health = self.world.engine.health();

@@ -164,6 +164,15 @@ pub(super) fn files() -> Vec<Workload> {
                 ..plain(14, 64 << 10)
             },
         ),
+        base("bitmap", ImageSpec { bitmap: true, snapshots: 1, ..half() }),
+        Workload {
+            longest: 12,
+            options: stress(),
+            ..base(
+                "bitmap-2k",
+                ImageSpec { bitmap: true, backing: 40 << 10, every: 3, ..plain(11, 48 << 10) },
+            )
+        },
         // It runs full.
         device(
             "device-full",
