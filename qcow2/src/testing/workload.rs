@@ -103,6 +103,7 @@ pub fn all() -> Vec<Workload> {
     let (mut plain, mut others) = (sizes(), features::formats());
     plain.extend(requests());
     others.extend(features::files());
+    others.extend(features::devices());
     let mut others = others.into_iter();
     let mut all: Vec<_> =
         plain.into_iter().flat_map(|one| [Some(one), others.next()]).flatten().collect();
@@ -199,9 +200,13 @@ fn requests() -> Vec<Workload> {
 /// All of them with a journal: the process is killed often, and each time recovered.
 #[must_use]
 pub fn recovering() -> Vec<Workload> {
+    recovered(all())
+}
+
+fn recovered(all: Vec<Workload>) -> Vec<Workload> {
     // Where there is hardly any room, and where there is plenty.
     let sizes = [3, 10, 64].into_iter().cycle();
-    all().into_iter().zip(sizes).map(|(workload, size)| workload.recovering(size)).collect()
+    all.into_iter().zip(sizes).map(|(workload, size)| workload.recovering(size)).collect()
 }
 
 /// What the name of a workload ends with that is recovered.
@@ -210,7 +215,9 @@ const RECOVERING: &str = "+kill";
 /// The workload of this name.
 #[must_use]
 pub fn find(name: &str) -> Option<Workload> {
-    let all = if name.ends_with(RECOVERING) { recovering() } else { all() };
+    let mut all = all();
+    all.extend(features::named());
+    let all = if name.ends_with(RECOVERING) { recovered(all) } else { all };
     all.into_iter().find(|workload| workload.label() == name)
 }
 

@@ -89,7 +89,7 @@ pub(super) fn formats() -> Vec<Workload> {
     ]
 }
 
-/// Data files, errors, other discards, and block devices.
+/// Data files, errors, and other discards.
 pub(super) fn files() -> Vec<Workload> {
     vec![
         base("data-file", ImageSpec { data_file: Some(DataFile::Own(16 << 10)), ..half() }),
@@ -152,6 +152,12 @@ pub(super) fn files() -> Vec<Workload> {
                 ImageSpec { data_file: Some(DataFile::Raw), every: 1, ..half() },
             )
         },
+    ]
+}
+
+/// Subclusters in data files, bitmaps, and a device that runs full: explored by their names.
+pub(super) fn named() -> Vec<Workload> {
+    vec![
         extended(
             "data-file-extended",
             ImageSpec { data_file: Some(DataFile::Own(64 << 10)), ..plain(14, 64 << 10) },
@@ -178,6 +184,12 @@ pub(super) fn files() -> Vec<Workload> {
             "device-full",
             ImageSpec { device: 40 << 10, refcount_order: 4, every: 4, ..half() },
         ),
+    ]
+}
+
+/// On block devices.
+pub(super) fn devices() -> Vec<Workload> {
+    vec![
         device("device", ImageSpec { device: 192 << 10, refcount_order: 5, ..half() }),
         Workload {
             punch: false,
