@@ -36,7 +36,7 @@ pub const MOST: usize = 2048;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct Errand {
-    pub code: u32,
+    code: u32,
     padding: u32,
     /// Its address is filled in by the child.
     command: CtrlCmd,

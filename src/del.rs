@@ -264,7 +264,10 @@ impl Daemon {
     /// The daemon of a device, if it is alive and ours. (The driver's own record of the server is
     /// gone as soon as the device has stopped, while the daemon still closes the image.)
     fn of(id: u32, info: &DevInfo) -> Option<Self> {
-        let pid = State::server_of(info)?;
+        let marked = device::marked_pid(info)?;
+        let state = State::of(info);
+        let recorded = state.as_ref().and_then(|state| i32::try_from(state.pid).ok());
+        let pid = recorded.unwrap_or(marked);
         // Opened before the name is looked at: from here on the number cannot become another's.
         let handle = PidFd::open(Pid::from_raw(pid)).ok()?;
         // One that is dead, and that nobody has waited for, still has its name.
@@ -275,7 +278,7 @@ impl Daemon {
         // be another's by now, unless the process has our name.
         let serves = info.state == ublk::STATE_LIVE && info.ublksrv_pid == pid;
         let ours = serves
-            || match State::of(info) {
+            || match state {
                 Some(state) => state.has_server(),
                 None => u32::try_from(pid).is_ok_and(State::is_server),
             };

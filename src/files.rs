@@ -49,6 +49,16 @@ impl FileKind {
         }
     }
 
+    /// Makes the file `len` bytes long, which is no less than it has; ENOSPC behind the end of a
+    /// block device.
+    pub fn lengthen(self, file: &File, len: u64) -> io::Result<()> {
+        match self {
+            Self::Regular => file.set_len(len),
+            Self::BlockDevice { size } if len <= size => Ok(()),
+            Self::BlockDevice { .. } => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+        }
+    }
+
     /// What no other file on this machine has.
     pub fn identity(self, file: &File) -> Result<(u64, u64)> {
         let data = file.metadata().context("fstat")?;

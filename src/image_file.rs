@@ -112,14 +112,7 @@ impl RepairIo for ImageFile {
     }
 
     fn set_len(&mut self, len: u64) -> Result<(), WriteError> {
-        match self.kind {
-            FileKind::Regular => self.wrote(self.file.set_len(len))?,
-            FileKind::BlockDevice { size } if len <= size => {}
-            FileKind::BlockDevice { .. } => {
-                let full = io::Error::from_raw_os_error(libc::ENOSPC);
-                return self.wrote(Err(full));
-            }
-        }
+        self.wrote(self.kind.lengthen(&self.file, len))?;
         self.len = len.max(self.len);
         Ok(())
     }

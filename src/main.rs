@@ -6,7 +6,7 @@
 //! ```text
 //!   cli ─ main ┬ daemon ─ server ┬ open ─ lock, direct         main thread: start, signals, stop
 //!              │  └ notify       │  └ recover, backing, snapshots, bitmaps
-//!              ├ resume (recover,├ device ─ control             ublk's control commands
+//!              ├ resume (recover,├ device ─ control ─ courier   ublk's control commands
 //!              │   quiesce)      ├ state, journal, fence        what outlives the server
 //!              ├ resize ─────────┤                              a larger disk, while it is used
 //!              ├ del, list       ├ isolate, log                 own mounts, locked memory

@@ -175,10 +175,7 @@ fn read_header(file: &Source, len: u64, read_only: bool, purpose: Purpose) -> Re
 /// Before an image is written to: mends what an earlier crash has left in it, and says what that
 /// was. `tell` hears what takes long.
 pub fn mend(wanted: &Wanted, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<Option<String>> {
-    let mut notes = Vec::new();
-    let file = open_source(&wanted.path, wanted, &mut notes)?;
-    let len = file.len().context("cannot get the length of the file")?;
-    let header = read_header(&file, len, false, Purpose::Look)?;
+    let (file, header) = open_to_mend(wanted)?;
     if header.is_dirty() {
         return recover::rebuild(&file.file, tell).map(Some);
     }
@@ -199,13 +196,20 @@ pub fn mend_unfinished(
     id: u32,
     tell: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<()> {
-    let file = open_source(&wanted.path, wanted, &mut Vec::new())?;
-    let len = file.len().context("cannot get the length of the file")?;
-    let header = read_header(&file, len, false, Purpose::Look)?;
+    let (file, header) = open_to_mend(wanted)?;
     if header.is_dirty() && Journal::open(id, &file).is_ok_and(|(_, records)| records.is_empty()) {
         recover::rebuild(&file.file, tell)?;
     }
     Ok(())
+}
+
+/// The image, locked, and its header, which may be marked dirty. (What there is to note is noted
+/// when it is served.)
+fn open_to_mend(wanted: &Wanted) -> Result<(Source, Header)> {
+    let file = open_source(&wanted.path, wanted, &mut Vec::new())?;
+    let len = file.len().context("cannot get the length of the file")?;
+    let header = read_header(&file, len, false, Purpose::Look)?;
+    Ok((file, header))
 }
 
 /// Opens and locks a file that is written to if the image is.

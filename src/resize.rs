@@ -25,9 +25,10 @@ use serde::{Deserialize, Serialize};
 use crate::cli::ResizeArgs;
 use crate::control::Control;
 use crate::core::{Core, Locked};
-use crate::files::{FileKind, Files, Source};
+use crate::files::{Files, Source};
 use crate::link::MainEnd;
 use crate::open;
+use crate::resume;
 use crate::state::{self, State};
 use crate::ublk;
 
@@ -67,12 +68,7 @@ pub fn run(args: &ResizeArgs) -> Result<()> {
              `qemu-img resize` grows the image while nobody uses it"
         );
     }
-    if info.state != ublk::STATE_LIVE {
-        bail!(
-            "device {id} is in state {}, and not being served; `ublk-qcow2 recover -n {id}` does",
-            ublk::state_name(info.state)
-        );
-    }
+    resume::refuse_unserved(&info)?;
     if !args.size.is_multiple_of(state.block_size.into()) {
         bail!(
             "{} bytes are no multiple of the device's logical block of {} bytes",
@@ -283,14 +279,7 @@ impl RepairIo for Plain<'_> {
     }
 
     fn set_len(&mut self, len: u64) -> Result<(), WriteError> {
-        match self.source.kind {
-            FileKind::Regular => self.noted(self.file().set_len(len), WriteError)?,
-            FileKind::BlockDevice { size } if len <= size => {}
-            FileKind::BlockDevice { .. } => {
-                let full = io::Error::from_raw_os_error(libc::ENOSPC);
-                return self.noted(Err(full), WriteError);
-            }
-        }
+        self.noted(self.source.kind.lengthen(self.file(), len), WriteError)?;
         self.len = len.max(self.len);
         Ok(())
     }

@@ -47,12 +47,7 @@ pub fn quiesce(args: &QuiesceArgs) -> Result<()> {
         );
     }
     let (info, state, _) = find(&mut control, id)?;
-    if info.state != ublk::STATE_LIVE {
-        bail!(
-            "device {id} is in state {}, and not being served; `ublk-qcow2 recover -n {id}` does",
-            ublk::state_name(info.state)
-        );
-    }
+    refuse_unserved(&info)?;
     let server = pid_of(&state).and_then(|pid| PidFd::open(pid).ok());
     control.quiesce(id, QUIESCE_LIMIT).map_err(|error| match error.errno {
         libc::EBUSY => anyhow!(
@@ -95,6 +90,18 @@ fn refuse_failed(state: &State) -> Result<()> {
          at the image with `ublk-qcow2 check`",
         state.id,
         state.image_path
+    )
+}
+
+/// An error for a device that nobody serves at the moment.
+pub fn refuse_unserved(info: &DevInfo) -> Result<()> {
+    if info.state == ublk::STATE_LIVE {
+        return Ok(());
+    }
+    bail!(
+        "device {0} is in state {1}, and not being served; `ublk-qcow2 recover -n {0}` does",
+        info.dev_id,
+        ublk::state_name(info.state)
     )
 }
 

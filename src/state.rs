@@ -160,13 +160,6 @@ impl State {
         })
     }
 
-    /// The process that serves a device of ours, or served it last.
-    pub fn server_of(info: &DevInfo) -> Option<i32> {
-        let marked = device::marked_pid(info)?;
-        let recorded = Self::of(info).and_then(|state| i32::try_from(state.pid).ok());
-        Some(recorded.unwrap_or(marked))
-    }
-
     /// Whether the process that is recorded still runs. (It may have ended, and not be waited for.)
     pub fn has_server(&self) -> bool {
         let same = self.pid_since == 0 || process_start(self.pid) == Some(self.pid_since);

@@ -128,8 +128,7 @@ pub fn judge<F: ReadAt>(
     if size == header.virtual_size() {
         return Ok(());
     }
-    may_grow(&header, size, beneath)?;
-    let (l1, moves) = new_table(&header, size);
+    let (l1, moves) = plan(&header, size, beneath)?;
     set_fields(&mut first, size, l1);
     // Where the table will be is not known yet, only how long it is.
     Header::parse(&first, u64::MAX, false)?;
@@ -139,22 +138,24 @@ pub fn judge<F: ReadAt>(
              'qemu-img resize' finds some, while nobody uses it",
         ));
     }
-    if moves && header.version() < 3 {
-        return Err(ResizeError::Refused(NO_ROOM_IN_2));
-    }
     Ok(())
 }
 
-const NO_ROOM_IN_2: &str = "its L1 table has no room, and of version 2 it cannot be moved; \
-                            'qemu-img amend -o compat=1.1' makes version 3 of it, while nobody \
-                            uses the image";
-
-/// The L1 table for a disk of `size` bytes, where it is now, and whether it cannot stay there.
-fn new_table(header: &Header, size: u64) -> (Extent, bool) {
+/// The L1 table for a disk of `size` bytes, where it is now, and whether it cannot stay there; or
+/// what of the refusals the header tells.
+fn plan(header: &Header, size: u64, beneath: u64) -> Result<(Extent, bool), ResizeError> {
+    may_grow(header, size, beneath)?;
     let (geometry, have) = (header.geometry(), header.l1_extent());
     let need = geometry.l1_entries_for(size) * 8;
     let room = geometry.clusters_for(have.len) << geometry.cluster_bits();
-    (Extent { offset: have.offset, len: need.max(have.len) }, need > room)
+    let moves = need > room;
+    if moves && header.version() < 3 {
+        return Err(ResizeError::Refused(
+            "its L1 table has no room, and of version 2 it cannot be moved; 'qemu-img amend -o \
+             compat=1.1' makes version 3 of it, while nobody uses the image",
+        ));
+    }
+    Ok((Extent { offset: have.offset, len: need.max(have.len) }, moves))
 }
 
 /// Makes the virtual disk `size` bytes large, a multiple of 512; nothing, if it is. `beneath` is
@@ -169,16 +170,15 @@ pub fn grow<F: RepairIo>(file: &mut F, size: u64, beneath: u64) -> Result<(), Re
     if size == now {
         return Ok(());
     }
-    may_grow(&header, size, beneath)?;
+    let (l1, moves) = plan(&header, size, beneath)?;
     let (geometry, have) = (header.geometry(), header.l1_extent());
-    let (l1, moves) = new_table(&header, size);
     let l1 = if moves { Extent { offset: end_of(file, &header)?, ..l1 } } else { l1 };
     // What the image will say is read as anybody would, before anything is written.
     set_fields(&mut first, size, l1);
     let end = geometry.clusters_for(l1.end()) << geometry.cluster_bits();
     Header::parse(&first, file.len().max(end), false)?;
     if moves {
-        may_move(file, &header)?;
+        may_move(file)?;
     }
     clear_tail(file, &header)?;
     if moves {
@@ -245,10 +245,7 @@ fn may_grow(header: &Header, size: u64, beneath: u64) -> Result<(), ResizeError>
     }
 }
 
-fn may_move<F: RepairIo>(file: &F, header: &Header) -> Result<(), ResizeError> {
-    if header.version() < 3 {
-        return Err(ResizeError::Refused(NO_ROOM_IN_2));
-    }
+fn may_move<F: RepairIo>(file: &F) -> Result<(), ResizeError> {
     // An entry that leads behind the end of the file would lead to the new table.
     match check(file)?.corruptions {
         0 => Ok(()),
