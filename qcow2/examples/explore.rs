@@ -32,7 +32,11 @@ fn parse() -> Option<Arguments> {
             "--states" => config.states = value.parse().ok()?,
             "--workload" => {
                 if workload::find(&value).is_none() {
-                    let names: Vec<_> = workload::all().iter().map(|it| it.name).collect();
+                    let names: Vec<_> = workload::all()
+                        .iter()
+                        .chain(&workload::named())
+                        .map(|it| it.name)
+                        .collect();
                     eprintln!("no workload is called '{value}'; there are: {}", names.join(" "));
                     return None;
                 }

@@ -44,6 +44,21 @@ fn what_a_killed_process_acknowledged_is_found_by_the_next() {
 }
 
 #[test]
+fn workloads_that_are_explored_by_name_alone() {
+    explore::announce_panics();
+    // By hand 1 000 000 each: `explore --workload`.
+    let states = 200_000 / SCALE;
+    for workload in workload::named() {
+        for name in [workload.label(), format!("{}+kill", workload.name)] {
+            let config = Config { states, workload: Some(name.clone()), ..Config::default() };
+            let report = explore::explore(&config);
+            none(report.violation.as_ref());
+            assert!(report.distinct >= states, "{name}: {}", report.distinct);
+        }
+    }
+}
+
+#[test]
 fn after_any_fault_the_answers_are_honest() {
     explore::announce_panics();
     // By hand 100 000 and more: `explore --faults`.

@@ -112,6 +112,42 @@ clean s.qcow2
 within 60 qemu-img convert -f qcow2 -O raw s.qcow2 after.raw
 same after.raw whole.raw
 
+say 'a snapshot of another size than the disk'
+within 20 qemu-img resize -q -f qcow2 s.qcow2 $((size + (1 << 20)))
+add s.qcow2
+[[ $(blockdev --getsize64 "$dev") == $((size + (1 << 20))) ]] || fail "the disk has a wrong size"
+del
+add s.qcow2 --read-only --snapshot first
+[[ $(blockdev --getsize64 "$dev") == "$size" ]] || fail "the snapshot has the disk's size"
+same "$dev" whole.raw
+del
+serves 'a snapshot smaller than the disk' s.qcow2
+within 20 qemu-img snapshot -a first s.qcow2
+clean s.qcow2
+within 60 qemu-img convert -f qcow2 -O raw s.qcow2 after.raw
+[[ $(stat -c %s after.raw) == "$size" ]] || fail "going back did not bring the old size back"
+same after.raw whole.raw
+
+# Puts an extension that nobody knows behind those of an image.
+cat >extension.pl <<'END'
+open my $file, '+<', $ARGV[0] or die $!;
+sysread $file, my $header, 4096;
+my $at = unpack 'N', substr $header, 100, 4;
+while (my ($kind, $length) = unpack 'NN', substr $header, $at, 8) {
+    last if !$kind;
+    $at += 8 + ($length + 7 & ~7);
+}
+sysseek $file, $at, 0;
+syswrite $file, pack 'NNa16NN', 0x12345678, 13, 'somebody else', 0, 0;
+END
+made e.qcow2 cluster_size=4k
+within 20 perl extension.pl e.qcow2
+extensions() { head -c 4096 e.qcow2 | tail -c +105 | sha256sum; }
+before=$(extensions)
+serves 'an extension that nobody knows' e.qcow2
+[[ $(extensions) == "$before" ]] || fail "the header's extensions were changed"
+head -c 4096 e.qcow2 | grep -q 'somebody else' || fail "there was no unknown extension"
+
 made b.qcow2
 within 20 qemu-img bitmap --add b.qcow2 one
 within 20 qemu-img bitmap --add -g 4096 b.qcow2 two

@@ -12,7 +12,7 @@
 # pressure-small.sh is the same without a group, in a small machine.
 source "$(dirname "$0")/lib.sh"
 
-SECONDS_OF_LOAD=${SECONDS_OF_LOAD:-60}
+SECONDS_OF_LOAD=${SECONDS_OF_LOAD:-30}
 # How much memory the load uses, in MiB, and the control group's limit, or nothing for no group.
 HOG_MIB=${HOG_MIB:-384} GROUP_MIB=${GROUP_MIB-256}
 # With nothing completed for so long, though something is under way, it hangs.

@@ -212,11 +212,17 @@ fn recovered(all: Vec<Workload>) -> Vec<Workload> {
 /// What the name of a workload ends with that is recovered.
 const RECOVERING: &str = "+kill";
 
+/// Workloads that are not among all: what planted bugs may cost is measured without them.
+#[must_use]
+pub fn named() -> Vec<Workload> {
+    features::named()
+}
+
 /// The workload of this name.
 #[must_use]
 pub fn find(name: &str) -> Option<Workload> {
     let mut all = all();
-    all.extend(features::named());
+    all.extend(named());
     let all = if name.ends_with(RECOVERING) { recovered(all) } else { all };
     all.into_iter().find(|workload| workload.label() == name)
 }
