@@ -136,10 +136,16 @@ fn assemble(
 ) -> Result<(Image, Option<bitmaps::Marks>)> {
     let l1 = file.extent(header.l1_extent()).context("reading the L1 table")?;
     let refcounts = header.refcount_table_extent();
-    let refcounts = file.extent(refcounts).context("reading the refcount table")?;
     let len = file.len().context("cannot get the length of the file")?;
     let (bitmaps, table, geometry) = (header.bitmaps(), header.snapshots(), header.geometry());
-    let mut image = Image::new(header, &l1, &refcounts, len)?.with_layers(layers)?;
+    let image = match read_only {
+        true => Image::for_reading(header, &l1, len)?,
+        false => {
+            let refcounts = file.extent(refcounts).context("reading the refcount table")?;
+            Image::new(header, &l1, &refcounts, len)?
+        }
+    };
+    let mut image = image.with_layers(layers)?;
     if let Some(data) = data {
         image = image.with_data_file(data.len().context("the data file")?);
     }
@@ -177,7 +183,7 @@ fn read_header(file: &Source, len: u64, read_only: bool, purpose: Purpose) -> Re
 pub fn mend(wanted: &Wanted, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<Option<String>> {
     let (file, header) = open_to_mend(wanted)?;
     if header.is_dirty() {
-        return recover::rebuild(&file.file, tell).map(Some);
+        return rebuild(&file, &header, &wanted.path, tell).map(Some);
     }
     if header.is_foreign() {
         // What these keep in the file would be taken for leaked.
@@ -198,9 +204,25 @@ pub fn mend_unfinished(
 ) -> Result<()> {
     let (file, header) = open_to_mend(wanted)?;
     if header.is_dirty() && Journal::open(id, &file).is_ok_and(|(_, records)| records.is_empty()) {
-        recover::rebuild(&file.file, tell)?;
+        rebuild(&file, &header, &wanted.path, tell)?;
     }
     Ok(())
+}
+
+fn rebuild(
+    file: &Source,
+    header: &Header,
+    path: &Path,
+    tell: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<String> {
+    if header.is_foreign() {
+        bail!(
+            "it is marked dirty and has extensions or features that are not known: what these keep \
+             in the file would be given back as leaked; repair it with the program that made it, \
+             or serve it with --read-only"
+        );
+    }
+    recover::rebuild(&file.file, path, tell)
 }
 
 /// The image, locked, and its header, which may be marked dirty. (What there is to note is noted

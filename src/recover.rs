@@ -16,7 +16,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use qcow2::check::repair::{Reclaim, rebuild_if_dirty, reclaim_leaks};
-use qcow2::check::{Limits, Report, check_within};
+use qcow2::check::{Limits, Report, check_within, memory_for};
 
 use crate::backing::quoted;
 use crate::check::counted;
@@ -49,9 +49,26 @@ fn refuse_unsound(report: &Report, path: &Path) -> Result<()> {
     )
 }
 
+/// The most memory that rebuilding refcounts may take when nobody has asked for it. Enough for a
+/// file of 1.6 TiB in clusters of 64 KiB; a hostile one may be as long as it likes, and empty.
+const MOST: u64 = 512 << 20;
+
 /// Rebuilds the refcounts of an image that is marked dirty. `tell` hears how far that is.
-pub fn rebuild(file: &File, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<String> {
+pub fn rebuild(
+    file: &File,
+    path: &Path,
+    tell: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<String> {
     let mut image = open_again(file, true)?;
+    let takes = memory_for(&image).map_err(|error| image.explain(error.into()))?;
+    if takes > MOST {
+        bail!(
+            "it is marked dirty, and rebuilding its refcounts takes {} MiB of memory; 'ublk-qcow2 \
+             check -f {} --repair all' does it, and --read-only serves it as it is",
+            takes >> 20,
+            quoted(path.as_os_str())
+        );
+    }
     let mut told = Ok(());
     let mut last = u64::MAX;
     let mut progress = |_, done: u64, total: u64| {
@@ -69,13 +86,14 @@ pub fn rebuild(file: &File, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<
         Ok(None) => return Ok("it is not dirty any more".to_string()),
         Err(error) => return Err(image.explain(error.into())).context("rebuilding its refcounts"),
     };
-    if done.after.dirty || done.after.corruptions != 0 {
+    if done.after.dirty {
         bail!(
             "its refcounts cannot be rebuilt: {} corruptions are left; look at it with \
              'ublk-qcow2 check', or serve it with --read-only",
             done.after.corruptions
         );
     }
+    refuse_unsound(&done.after, path)?;
     let (fixed, leaks) = (done.corruptions_fixed(), done.leaks_fixed());
     Ok(format!("it was marked dirty; refcounts rebuilt ({fixed} errors and {leaks} leaks mended)"))
 }
@@ -85,10 +103,17 @@ pub fn reclaim(file: &File, path: &Path, cluster_size: u64) -> Result<Option<Str
     let mut image = open_again(file, true)?;
     let shown = quoted(path.as_os_str());
     match reclaim_leaks(&mut image, CHEAP, &mut |_, _, _| {}) {
-        Ok(Reclaim::Reclaimed(0)) => Ok(None),
-        Ok(Reclaim::Reclaimed(count)) => {
-            let kib = (count * cluster_size).div_ceil(1024);
-            Ok(Some(format!("{count} clusters leaked by a crash ({kib} KiB) were given back")))
+        Ok(Reclaim::Reclaimed { clusters: 0, flags: 0 }) => Ok(None),
+        Ok(Reclaim::Reclaimed { clusters: 0, flags }) => {
+            Ok(Some(format!("{flags} flags COPIED that a crash had left out were set")))
+        }
+        Ok(Reclaim::Reclaimed { clusters, flags }) => {
+            let kib = (clusters * cluster_size).div_ceil(1024);
+            let text = format!("{clusters} clusters leaked by a crash ({kib} KiB) were given back");
+            Ok(Some(match flags {
+                0 => text,
+                _ => format!("{text}, and {flags} flags COPIED set"),
+            }))
         }
         Ok(Reclaim::TooMuch) => Ok(Some(format!(
             "leaks and errors were not searched for, which would take long for this image; \

@@ -66,7 +66,7 @@ mod walk;
 
 use extras::Edges;
 use header::Head;
-pub use limits::{Limits, check_within};
+pub use limits::{Limits, check_within, memory_for};
 pub use verdict::{CheckError, Finding, FindingKind, ReadError, Report, Summary};
 
 /// How many findings are kept.
@@ -272,6 +272,8 @@ struct State {
     corrupt: bool,
     /// A table was not followed to its end, so that references are missing.
     incomplete: bool,
+    /// Entries without COPIED that should have it.
+    not_copied: u64,
     /// Flags COPIED that are wrong.
     wrong_flags: bool,
     /// Refcounts that are too low, or of no use.
@@ -294,6 +296,7 @@ impl State {
         (self.corruptions, self.extra, self.leaks) = (0, 0, 0);
         (self.allocated, self.fragmented, self.compressed) = (0, 0, 0);
         (self.incomplete, self.bad_blocks, self.first_beyond) = (false, false, None);
+        self.not_copied = 0;
         (self.wrong_flags, self.low_refcounts, self.overflows) = (false, false, false);
         self.forbids_writing = None;
     }
@@ -450,6 +453,10 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
                 self.state.low_refcounts = true;
             }
             FindingKind::RefcountOverflow => self.state.overflows = true,
+            FindingKind::NotCopied => {
+                self.state.wrong_flags = true;
+                self.state.not_copied = self.state.not_copied.saturating_add(times.into());
+            }
             FindingKind::Copied
             | FindingKind::CopiedCompressed
             | FindingKind::CopiedWithoutOffset => self.state.wrong_flags = true,

@@ -39,18 +39,38 @@ impl Image {
     ///
     /// # Errors
     /// An entry with reserved bits set, unaligned, outside the file, or pointing to where other
-    /// metadata lies; an L1 entry without COPIED where there are no snapshots.
+    /// metadata lies.
     pub fn new(
         header: Header,
         l1: &[u8],
         refcount_table: &[u8],
         file_len: u64,
     ) -> Result<Self, OpenError> {
+        Self::build(header, l1, Some(refcount_table), file_len)
+    }
+
+    /// The same of an image that is only read: what its refcount table says is of no account.
+    ///
+    /// # Errors
+    /// As of [`new`](Self::new), for the L1 table.
+    pub fn for_reading(header: Header, l1: &[u8], file_len: u64) -> Result<Self, OpenError> {
+        Self::build(header, l1, None, file_len)
+    }
+
+    fn build(
+        header: Header,
+        l1: &[u8],
+        refcount_table: Option<&[u8]>,
+        file_len: u64,
+    ) -> Result<Self, OpenError> {
         let decoder = Decoder::of(&header);
         let geometry = decoder.geometry;
         let page_bits = geometry.page_bits();
         let l1 = Table::parse(l1, header.l1_extent(), page_bits);
-        let refcounts = Table::parse(refcount_table, header.refcount_table_extent(), page_bits);
+        let refcounts = match refcount_table {
+            Some(bytes) => Table::parse(bytes, header.refcount_table_extent(), page_bits),
+            None => Table::parse(&[], Extent { offset: 0, len: 0 }, page_bits),
+        };
         let used = |words: &[u64]| words.iter().filter(|&&word| word != 0).count();
         let now = used(l1.words()) + used(refcounts.words());
         let mut metadata = MetaSet::new(now.max(expected_tables(&header, l1.len())));
@@ -121,11 +141,9 @@ impl Image {
             let bad = |why| OpenErrorInner::BadEntry { table, index, value, why };
             let found = self.decoder.l1(value, self.file_len).map_err(|word| bad(word.text()))?;
             let Some(pointer) = found else { continue };
-            if !pointer.copied && self.header.snapshots().is_none() {
-                let why = "its COPIED flag is clear without snapshots: see 'qemu-img check -r all'";
-                return Err(bad(why).into());
-            }
-            // A table that snapshots share is copied before it is changed; until then it is theirs.
+            // A table without COPIED is copied before it is changed; until then it is somebody
+            // else's. (Without snapshots it has lost the flag: QEMU was stopped while it made or
+            // deleted the last one. The copy is all that costs.)
             if !self.metadata.insert(pointer.at.index()) {
                 return Err(overlap(table, index, value));
             }

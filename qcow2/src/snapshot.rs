@@ -94,8 +94,15 @@ impl Header {
     /// of the file.
     ///
     /// # Errors
-    /// An L1 table that is unaligned, outside the file, or too short for the virtual size.
+    /// An image with an external data file; an L1 table that is unaligned, outside the file, or too
+    /// short for the virtual size.
     pub fn for_snapshot(self, snapshot: &Snapshot, file_len: u64) -> Result<Self, OpenError> {
+        if self.data_file().is_some() {
+            // Nothing counts the clusters of that file, so the disk's writes change it for all.
+            let (name, field) = ("a snapshot beside an external data file", "nb_snapshots");
+            let (value, next) = (1, "it has not kept what the disk had; serve the disk itself");
+            return Err(OpenErrorInner::Feature { name, field, value, next }.into());
+        }
         let size = snapshot.virtual_size.unwrap_or(self.virtual_size()) & !511;
         let geometry = self.geometry();
         let (entries, need) = (snapshot.l1.len / 8, geometry.l1_entries_for(size));

@@ -435,3 +435,37 @@ fn no_table_is_made_where_guest_data_is_on_its_way() {
     assert_eq!(world.broken, None);
     assert_eq!(word(&world.disk.bytes(), last), 0, "a table was made");
 }
+
+/// QEMU leaves such entries when it is stopped while it makes or deletes the last snapshot.
+#[test]
+fn what_has_lost_copied_is_copied_and_nothing_leaks() {
+    let sound = full(3);
+    let (table, first) = (word(&sound, 40), l2(&sound));
+    for places in [&[table][..], &[first + 3 * 8], &[table, first + 3 * 8, first + 9 * 8]] {
+        let mut image = sound.clone();
+        for &place in places {
+            let entry = word(&image, place);
+            put(&mut image, place, entry & !(1 << 63));
+        }
+        let mut world = begin(&image, &Options::default());
+        assert_eq!(ask(&mut world, write_to(3, 1), CLUSTER), Ok(()));
+        assert_eq!(ask(&mut world, Request::Flush, 0), Ok(()));
+        assert_eq!(ask(&mut world, discard_of(9, 1), 0), Ok(()));
+        assert_eq!(ask(&mut world, read_of(4), 512), Ok(()));
+        let (disk, health) = world.close();
+        assert_eq!(health, Health::Good);
+        let told = qemu_img("not-copied", &disk.bytes(), &["check"]);
+        assert!(told.contains("No errors"), "{places:?}: {told}");
+    }
+}
+
+#[test]
+fn a_reader_needs_no_refcounts() {
+    let mut image = full(3);
+    let table = word(&image, 48);
+    put(&mut image, table, 1 << 40 | 1);
+    World::open(Disk::new(&image), &Options::default()).expect_err("not for writing");
+    let options = Options { read_only: true, ..Options::default() };
+    let mut world = begin_unwatched(&image, &options);
+    assert_eq!(ask(&mut world, read_of(5), 512), Ok(()));
+}

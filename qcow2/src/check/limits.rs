@@ -27,6 +27,19 @@ pub fn check_within<R: ReadAt + ?Sized>(
     Ok(done.then(|| checker.state.report()))
 }
 
+/// Bytes of memory that a check or a repair of this file takes for what it counts per cluster.
+///
+/// # Errors
+/// Where it cannot be judged; see [`CheckError`].
+pub fn memory_for<R: ReadAt + ?Sized>(image: &R) -> Result<u64, CheckError> {
+    Ok(memory(image.len(), &Head::parse(image)?))
+}
+
+fn memory(len: u64, head: &Head) -> u64 {
+    let clusters = len.div_ceil(head.cluster_size()).saturating_add(1);
+    clusters.saturating_mul(size_of::<Slot>() as u64)
+}
+
 impl Checker {
     /// Counts what an image references; `false` where that would take more than the limits.
     pub(super) fn walk_within<R: ReadAt + ?Sized>(
@@ -37,8 +50,7 @@ impl Checker {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<bool, CheckError> {
         // A file may be long and have next to nothing in it, so this is known before all else.
-        let clusters = image.len().div_ceil(head.cluster_size()).saturating_add(1);
-        if clusters.saturating_mul(size_of::<Slot>() as u64) > limits.memory {
+        if memory(image.len(), &head) > limits.memory {
             return Ok(false);
         }
         let metered = Metered { file: image, left: Cell::new(limits.read) };

@@ -250,16 +250,22 @@ pub fn rebuild_if_dirty<F: RepairIo + ?Sized>(
 /// What [`reclaim_leaks`] did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reclaim {
-    /// So many clusters had leaked, and are free (or count right) now.
-    Reclaimed(u64),
+    /// What was wrong is right.
+    Reclaimed {
+        /// Clusters that had leaked, and are free (or count right) now.
+        clusters: u64,
+        /// Entries that had lost COPIED, and have it again.
+        flags: u64,
+    },
     /// Not tried: finding them takes more than the limits allow.
     TooMuch,
     /// Not tried: something else is wrong, or not known.
     Unsound(Report),
 }
 
-/// Frees leaked clusters, if finding them takes no more than the limits, and if nothing else is
-/// wrong with the image. An image marked dirty is for [`rebuild_if_dirty`].
+/// Frees leaked clusters, and sets COPIED where it is missing, which is what a crash leaves; if
+/// finding that takes no more than the limits, and if nothing else is wrong. An image marked dirty
+/// is for [`rebuild_if_dirty`].
 ///
 /// # Errors
 /// See [`RepairError`].
@@ -275,18 +281,20 @@ pub fn reclaim_leaks<F: RepairIo + ?Sized>(
         return Ok(Reclaim::TooMuch);
     }
     let state = &checker.state;
-    if state.corruptions != 0 || state.incomplete || state.dirty || state.corrupt {
+    let flags = state.not_copied;
+    if state.corruptions != flags || state.incomplete || state.dirty || state.corrupt {
         return Ok(Reclaim::Unsound(state.report()));
     }
     let leaks = state.leaks;
-    if leaks != 0 {
-        let mut work = Work { file, head, what: Repair::Leaks, checker, progress, changed: false };
+    if leaks != 0 || flags != 0 {
+        let what = if flags == 0 { Repair::Leaks } else { Repair::All };
+        let mut work = Work { file, head, what, checker, progress, changed: false };
         work.sync()?;
         work.clear_unknown_autoclear()?;
         work.refcounts()?;
         work.flags()?;
     }
-    Ok(Reclaim::Reclaimed(leaks))
+    Ok(Reclaim::Reclaimed { clusters: leaks, flags })
 }
 
 fn may_write(head: Head) -> Result<Head, RepairError> {

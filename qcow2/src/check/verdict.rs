@@ -66,8 +66,11 @@ pub enum FindingKind {
     Overlap,
     /// A refcount block is referenced otherwise, too.
     SharedRefcountBlock,
-    /// COPIED is set where the refcount (`expected`) is not one, or not set where it is.
+    /// COPIED is set where the refcount (`expected`) is not one, or is clear in an entry for an
+    /// external data file.
     Copied,
+    /// COPIED is clear, though the refcount (`expected`) is 1.
+    NotCopied,
     /// COPIED is set and there is no offset.
     CopiedWithoutOffset,
     /// COPIED is set for a compressed cluster.
@@ -119,7 +122,9 @@ impl FindingKind {
             | Self::CopiedCompressed => true,
             // No refcount protects a cluster behind the end, until the file grows and it is free.
             Self::BeyondEnd | Self::BeginsBeyondEnd => true,
+            // A write copies what it could have overwritten: nothing is lost.
             Self::Leak
+            | Self::NotCopied
             | Self::ZeroFlag
             | Self::ReservedBits
             | Self::Unaligned
@@ -141,6 +146,7 @@ impl FindingKind {
             Self::Overlap => "a cluster with two uses that exclude each other",
             Self::SharedRefcountBlock => "a refcount block that is something else, too",
             Self::Copied => "an entry whose flag COPIED does not fit the refcount",
+            Self::NotCopied => "an entry without COPIED, though its refcount is one",
             Self::CopiedWithoutOffset => "an entry with COPIED and without an offset",
             Self::CopiedCompressed => "a compressed cluster with COPIED",
             Self::ZeroFlag => "an entry with a zero flag, which there is none of here",

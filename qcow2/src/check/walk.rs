@@ -225,8 +225,10 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
     /// COPIED must be set exactly where the refcount is one.
     fn copied(&mut self, at: u64, word: u64, cluster: u64, times: u32) -> Result<(), CheckError> {
         let count = self.refcount(cluster)?;
-        if (count == 1) != (word & COPIED != 0) {
-            self.note(FindingKind::Copied, at, word, count, times);
+        match (word & COPIED != 0, count == 1) {
+            (true, false) => self.note(FindingKind::Copied, at, word, count, times),
+            (false, true) => self.note(FindingKind::NotCopied, at, word, count, times),
+            _ => {}
         }
         Ok(())
     }

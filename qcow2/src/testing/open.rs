@@ -80,7 +80,11 @@ impl Source<'_> {
         let l1 = self.extent(header.l1_extent());
         let refcounts = self.extent(header.refcount_table_extent());
         let (snapshots, bitmaps) = (header.snapshots(), header.bitmaps());
-        let image = Image::new(header, &l1, &refcounts, self.len)?.with_layers(layers)?;
+        let image = match read_only {
+            true => Image::for_reading(header, &l1, self.len)?,
+            false => Image::new(header, &l1, &refcounts, self.len)?,
+        };
+        let image = image.with_layers(layers)?;
         let image = match data_len {
             Some(len) => image.with_data_file(len),
             None => image,

@@ -155,12 +155,15 @@ fn faults(image: &[u8], cluster: usize, leaks: bool) -> (BTreeSet<Fault>, BTreeS
             FindingKind::SharedRefcountBlock => {
                 (true, u64_at(image, usize::try_from(at).unwrap()) / cluster as u64)
             }
-            FindingKind::Copied => (true, (found & 0x00ff_ffff_ffff_fe00) / cluster as u64),
+            FindingKind::Copied | FindingKind::NotCopied => {
+                (true, (found & 0x00ff_ffff_ffff_fe00) / cluster as u64)
+            }
             _ => (false, at),
         };
         all.insert(fault);
         // Without COPIED a write goes elsewhere, whatever the refcount is.
-        let harmless = kind == FindingKind::Leak || kind == FindingKind::Copied && found >> 63 == 0;
+        let harmless = matches!(kind, FindingKind::Leak | FindingKind::NotCopied)
+            || kind == FindingKind::Copied && found >> 63 == 0;
         if !harmless {
             harmful.insert(fault);
         }

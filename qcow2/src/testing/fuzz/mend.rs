@@ -25,7 +25,10 @@ pub fn may_stay(image: &[u8], finding: &Finding, all: &[Finding]) -> bool {
         FindingKind::RefcountTooLow | FindingKind::SharedRefcountBlock => false,
         // An entry that is bad itself, or is in a table that something else uses, too, or that is
         // not where a table can be; or one cluster with more references than can be counted.
-        FindingKind::Copied | FindingKind::CopiedCompressed | FindingKind::CopiedWithoutOffset => {
+        FindingKind::Copied
+        | FindingKind::NotCopied
+        | FindingKind::CopiedCompressed
+        | FindingKind::CopiedWithoutOffset => {
             all.iter().any(|other| other.at == finding.at && other.kind != finding.kind)
                 || has(&[FindingKind::Overlap, FindingKind::RefcountOverflow])
                 || has(&[FindingKind::Unaligned, FindingKind::BeyondEnd])
@@ -96,6 +99,7 @@ pub(super) fn assert_still_sound(image: &[u8]) {
         FindingKind::Leak => false,
         // Two entries of the active tables may share a cluster, if its refcount says so. When one
         // of them goes, the other could be marked, but nobody knows where it is.
+        FindingKind::NotCopied => false,
         FindingKind::Copied => finding.found & COPIED != 0,
         _ => true,
     });
