@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use bytemuck::Pod;
 
@@ -137,6 +138,17 @@ impl Area {
         // SAFETY: in bounds and aligned; any bytes are a valid `Pod`; volatile, since the other
         // side of a shared mapping is the kernel.
         unsafe { from.read_volatile() }
+    }
+
+    /// Writes a number at byte `at`, after all that was copied in before: for the kernel, which
+    /// looks at it first.
+    pub fn publish(&self, at: usize, value: u16) {
+        assert!(self.writable, "a read-only mapping is not written to");
+        let to = self.pointer(at, size_of::<u16>()).cast::<u16>();
+        assert!(to.is_aligned(), "a value in a mapping is aligned as its type");
+        // SAFETY: in bounds and aligned; nothing else in this process writes there at the same
+        // time, since an area has one owner.
+        unsafe { AtomicU16::from_ptr(to) }.store(value, Ordering::Release);
     }
 
     fn pointer(&self, at: usize, len: usize) -> *mut u8 {

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::bench::BenchArgs;
 use crate::device::Recovery;
+use crate::front::Delivery;
 use crate::lock;
 use crate::log::Verbosity;
 use crate::payload::DataPath;
@@ -44,10 +46,13 @@ JSON, for each device:
   target            what its server recorded; null for devices of other servers. Of it:
     image_path, version, virtual_size, cluster_size, block_size, read_only
     data_path       zero-copy, user-copy or copy: how the bytes of requests travel
+    delivery        batch or single: how requests themselves do
     direct          whether the image is read and written past the page cache
     recipe          the options of its `add`, if it has --recovery
     handed_over     its server has ended and waits for `recover`
     close_error     why the image could not be closed cleanly
+    failed          why it took no writes any more when its server ran; `recover` refuses it
+    trusted, pid, pid_since, added_by, identity      of --trust-content, of its server, of the image
   recovery          what --recovery said; null: the device ends with its server
   health            good; failed: why writes and flushes fail from now on; or that the server
                     is gone or does not answer
@@ -78,8 +83,9 @@ Counters begin at 0 when a server starts. JSON:
                     that is not served; responds: false if its thread does not answer
   log_lines_dropped
 
-Prometheus: the same, as ublk_qcow2_… with the labels device and image; latencies are the histogram
-ublk_qcow2_request_duration_seconds.";
+Prometheus: most of it, as ublk_qcow2_… with the labels device and image; latencies are the
+histogram ublk_qcow2_request_duration_seconds. ublk_qcow2_up is 0, and all there is, while nobody
+serves the device; the exit status is then 0 too.";
 
 /// What to do.
 #[derive(Debug, Subcommand)]
@@ -147,6 +153,15 @@ findings.")]
 Opens nothing but the image, not even its backing or data file, and takes no lock. JSON has the
 fields of `qemu-img info --output=json`, and \"features\" and \"stale-bitmaps\" of its own.")]
     Info(InfoArgs),
+    /// Measure how fast an image is served, without a device.
+    #[command(after_help = "\
+The engine, its caches and the loop of a queue as `add` runs them, with requests made here. What is
+written stays in the image; with a read kind it is opened for reading only.
+
+Example, on a copy:
+  ublk-qcow2 bench -f copy.qcow2 --rw write --bs 512k --count 2048 --stamp
+  ublk-qcow2 bench -f copy.qcow2 --rw randread --depth 64 --stamp")]
+    Bench(BenchArgs),
     /// Show what the kernel's ublk driver can do, and what of it is used.
     Features,
     /// Print what a package has besides the program.
@@ -177,6 +192,12 @@ pub struct AddArgs {
     /// How the bytes of requests travel; the best that the kernel has if left out.
     #[arg(long, value_name = "PATH", value_enum)]
     pub data_path: Option<DataPath>,
+
+    /// How the driver hands requests over; if left out, many at a time where it can (Linux 7.0).
+    /// With --recovery one at a time: it lets some fail otherwise that wait for the next server.
+    #[arg(long, value_name = "HOW", value_enum)]
+    #[serde(default)]
+    pub delivery: Option<Delivery>,
 
     /// Requests per queue that can be under way at the same time; without zero copy, each has a
     /// buffer of 512 KiB of address space.
@@ -233,6 +254,12 @@ pub struct AddArgs {
     /// groups, arrays. The udev rules of the package keep them from it otherwise.
     #[arg(long)]
     pub trust_content: bool,
+
+    /// Let the kernel look for partitions on the disk. (Before Linux 7.0 it always does.) Without
+    /// it, `partx -a /dev/ublkbN` brings them when they are wanted.
+    #[arg(long)]
+    #[serde(default)]
+    pub partscan: bool,
 
     /// Logical block size of the device in bytes: 512 or 4096.
     #[arg(long, value_name = "BYTES", default_value_t = 512, value_parser = block_size)]
@@ -459,7 +486,7 @@ fn block_size(text: &str) -> Result<u32, String> {
 }
 
 /// Bytes, with K, M, G or T for powers of 1024.
-fn size(text: &str) -> Result<u64, String> {
+pub fn size(text: &str) -> Result<u64, String> {
     let error = || "expected a number of bytes, or one with K, M, G or T".to_string();
     let digits = text.trim_end_matches(|unit: char| unit.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {

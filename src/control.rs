@@ -15,6 +15,7 @@ use bytemuck::Pod;
 
 use crate::courier::{Answer, Courier, Errand};
 use crate::errno;
+use crate::sys;
 use crate::ublk::{self, Command, CtrlCmd, DevInfo, Params};
 
 const PATH: &str = "/dev/ublk-control";
@@ -35,7 +36,12 @@ impl fmt::Display for ControlError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.errno == libc::ETIME {
             let seconds = self.limit.as_secs();
-            return write!(f, "ublk command {} did not end within {seconds} s", self.command);
+            return write!(
+                f,
+                "ublk command {} did not end within {seconds} s; see the kernel's log for what it \
+                 waits for, and try again",
+                self.command
+            );
         }
         write!(f, "ublk command {}: {}", self.command, errno::describe(self.errno))
     }
@@ -68,8 +74,22 @@ impl Control {
 
     fn with_couriers(count: usize) -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(PATH).map_err(explain)?;
+        let (courier, spare) = (None, None);
+        let mut control = Self { file, courier, spare, unprivileged: BTreeSet::new() };
+        control.start_couriers(count, &sys::own_status()?)?;
+        Ok(control)
+    }
+
+    /// Other couriers, for what this process has become. As long as it has one thread, by its
+    /// status.
+    pub fn renew(&mut self, status: &File) -> Result<()> {
+        let count = usize::from(self.courier.is_some()) + usize::from(self.spare.is_some());
+        self.start_couriers(count, status)
+    }
+
+    fn start_couriers(&mut self, count: usize, status: &File) -> Result<()> {
         let start = |_| {
-            Courier::start(&file).map_err(|error| match error.raw_os_error() {
+            Courier::start(&self.file, status).map_err(|error| match error.raw_os_error() {
                 Some(libc::EPERM) => anyhow!(
                     "io_uring is switched off; set the sysctl kernel.io_uring_disabled to 0"
                 ),
@@ -77,8 +97,8 @@ impl Control {
             })
         };
         let mut couriers = (0..count).map(start).collect::<Result<Vec<_>>>()?;
-        let (courier, spare) = (couriers.pop(), couriers.pop());
-        Ok(Self { file, courier, spare, unprivileged: BTreeSet::new() })
+        (self.courier, self.spare) = (couriers.pop(), couriers.pop());
+        Ok(())
     }
 
     /// The driver's feature flags.
@@ -269,7 +289,8 @@ impl Control {
     fn carry(&mut self, errand: &Errand, limit: Duration) -> Result<Answer, i32> {
         loop {
             // Where there are threads by now, there is no other but the spare one.
-            let next = || self.spare.take().or_else(|| Courier::start(&self.file).ok());
+            let start = || Courier::start(&self.file, &sys::own_status().ok()?).ok();
+            let next = || self.spare.take().or_else(start);
             let mut courier = self.courier.take().or_else(next).ok_or(libc::ETIME)?;
             match courier.carry(errand, limit) {
                 Ok(answer) => {

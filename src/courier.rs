@@ -69,14 +69,15 @@ impl Errand {
 pub struct Courier(UnixStream);
 
 impl Courier {
-    /// Starts a child for the open control device. Only in a process with one thread.
+    /// Starts a child for the open control device. Only in a process with one thread, by its status
+    /// ([`sys::own_status`]).
     ///
     /// # Errors
     ///
     /// Those of making a process, and of making a ring, which may be forbidden.
-    pub fn start(device: &File) -> io::Result<Self> {
+    pub fn start(device: &File, status: &File) -> io::Result<Self> {
         let (here, there) = UnixStream::pair()?;
-        match sys::fork()? {
+        match sys::fork(status)? {
             ForkResult::Child => {
                 // The owners of what is closed in there are never dropped: nobody returns.
                 let _ = work(there, device);

@@ -90,7 +90,7 @@ pub fn launch(
     // Before the fork, so that neither process misses one.
     let signals = Signals::take_over()?;
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("pipe")?;
-    match sys::fork().context("fork")? {
+    match sys::fork(&sys::own_status().context("/proc/self/status")?).context("fork")? {
         ForkResult::Child => {
             drop((reader, signals));
             let mut reporter = Reporter::Parent(File::from(writer));

@@ -40,8 +40,8 @@ impl Fence {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 Err((_, Errno::EWOULDBLOCK)) => bail!(
-                    "operations of the last server of device {id} are still under way after {} s; \
-                     try again when the storage of the image answers",
+                    "operations of the last server of device {id} are still under way after {} s, \
+                     or another `recover` is; try again when the storage of the image answers",
                     LIMIT.as_secs()
                 ),
                 Err((_, errno)) => {

@@ -21,8 +21,13 @@ use crate::watch::{Episode, Ticks};
 /// What a queue thread tells once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The engine is ready and the fetch commands are on their way.
+    /// The engine is ready; the queue waits for [`MainEnd::let_go`].
+    Opened,
+    /// The fetch commands are on their way.
     Ready,
+    /// The driver takes the device from the queue: requests come only as long as it waits for those
+    /// that were under way. Told once.
+    Leaving,
     /// From now on the image takes no writes, for this reason. Each queue tells it when it hears of
     /// it. (That a journal could not be adopted is told with the end, and can be tried again.)
     Failed(String),
@@ -81,6 +86,8 @@ struct Shared {
     to_queues: Vec<EventFd>,
     to_main: EventFd,
     stop: AtomicBool,
+    /// Queues may ask for requests.
+    go: (Mutex<bool>, Condvar),
     reports: Mutex<(Option<Report>, Vec<QueueReport>)>,
     renewed: Condvar,
 }
@@ -93,6 +100,7 @@ pub fn link(queues: u16) -> io::Result<(MainEnd, QueueEnd)> {
         to_queues: (0..queues).map(to_queue).collect::<io::Result<_>>()?,
         to_main: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         stop: AtomicBool::new(false),
+        go: (Mutex::new(false), Condvar::new()),
         reports: Mutex::new((None, vec![QueueReport::default(); queues.into()])),
         renewed: Condvar::new(),
     });
@@ -115,6 +123,13 @@ impl QueueEnd {
     /// Whether the main thread wants an image closed whose device was never started.
     pub fn stop_wanted(&self) -> bool {
         self.shared.stop.load(Ordering::Acquire)
+    }
+
+    /// Waits until requests may be asked for. Nothing is under way meanwhile.
+    pub fn wait_for_go(&self) {
+        let (go, changed) = &self.shared.go;
+        let locked = go.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(changed.wait_while(locked, |go| !*go));
     }
 
     /// Tells the main thread.
@@ -151,6 +166,13 @@ impl MainEnd {
     /// Waits for the next event, no longer than `limit`.
     pub fn wait_event(&self, limit: Duration) -> Option<Event> {
         self.events.recv_timeout(limit).ok()
+    }
+
+    /// Lets the queues ask for requests.
+    pub fn let_go(&self) {
+        let (go, changed) = &self.shared.go;
+        *go.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        changed.notify_all();
     }
 
     /// Asks the queue thread to close an image whose device was never started.

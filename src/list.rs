@@ -10,6 +10,7 @@ use crate::cli::{ListArgs, OwnerArgs};
 use crate::control::Control;
 use crate::device;
 use crate::figures::Figures;
+use crate::front::Delivery;
 use crate::state::{self, State};
 use crate::ublk::{self, DevInfo, Params};
 
@@ -122,12 +123,13 @@ impl Entry {
         if let Some(state) = &self.state {
             text += &format!(
                 "\ttarget qcow2 version {} cluster size {} image {}{}\n\
-                 \tdata path {} queues {} file I/O {} recovery {} health {}\n",
+                 \tdata path {} delivery {} queues {} file I/O {} recovery {} health {}\n",
                 state.version,
                 state.cluster_size,
                 plain(&state.image_path),
                 if state.read_only { " (read-only)" } else { "" },
                 state.data_path,
+                Delivery::of(info).name(),
                 info.nr_hw_queues,
                 if state.direct { "direct" } else { "buffered" },
                 self.recovery().unwrap_or("none"),
@@ -222,5 +224,5 @@ pub fn features() -> Result<()> {
 }
 
 fn is_used(bit: u32) -> bool {
-    (ublk::F_WANTED | ublk::F_SAFE_STOP_DEV) >> bit & 1 == 1
+    ublk::F_USED >> bit & 1 == 1
 }

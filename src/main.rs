@@ -4,22 +4,27 @@
 //! call of the program is here.
 //!
 //! ```text
-//!   cli ─ main ┬ daemon ─ server ┬ open ─ lock, direct         main thread: start, signals, stop
-//!              │  └ notify       │  └ recover, backing, snapshots, bitmaps
-//!              ├ resume (recover,├ device ─ control ─ courier   ublk's control commands
-//!              │   quiesce)      ├ state, journal, fence        what outlives the server
-//!              ├ resize ─────────┤                              a larger disk, while it is used
-//!              ├ del, list       ├ isolate, log                 own mounts, locked memory
-//!              ├ stats           ├ figures                      what `list` and `stats` show
-//!              │  └ prometheus   └ link ─ queue ─ decode        a thread for each queue: all I/O
-//!              └ check, info,      core (the engine)├ driver ─ payload, files
-//!                dist              ring, buffer     ├ meter, watch   counters, what is stuck
-//!                                                   └ pool ─ inflate  worker threads
+//!   cli ─ main ┬ daemon ─ server ┬ prepare ─ open ─ lock,     main thread: start, signals, stop
+//!              │  └ notify       │      └ recover, └ direct, backing, snapshots, bitmaps
+//!              ├ resume (recover,├ device ─ control ─ courier  ublk's control commands
+//!              │   quiesce)      ├ state, journal, fence       what outlives the server
+//!              ├ resize ─────────┤                             a larger disk, while it is used
+//!              ├ del, list       ├ isolate, log                own mounts, locked memory
+//!              ├ stats           ├ figures                     what `list` and `stats` show
+//!              │  └ prometheus   └ link ─ queue                a thread for each queue: all I/O
+//!              ├ bench ─────────────────────┤
+//!              └ check, info, dist          ├ front ─ decode, generator   requests and replies
+//!                                           ├ core                        the engine and its lock
+//!                                           ├ driver ─ payload, files     operations on files
+//!                                           │   └ pool ─ inflate          worker threads
+//!                                           ├ ring ─ buffer, inbox        io_uring
+//!                                           └ meter, watch                counters, what is stuck
 //! ```
 //!
 //! `unsafe` code is in `ring.rs`, `buffer.rs`, `journal.rs` and `sys.rs`, and nowhere else.
 
 mod backing;
+mod bench;
 mod bitmaps;
 mod buffer;
 mod busy;
@@ -39,7 +44,10 @@ mod errno;
 mod fence;
 mod figures;
 mod files;
+mod front;
+mod generator;
 mod image_file;
+mod inbox;
 mod inflate;
 mod info;
 mod isolate;
@@ -53,6 +61,7 @@ mod notify;
 mod open;
 mod payload;
 mod pool;
+mod prepare;
 mod prometheus;
 mod queue;
 mod recover;
@@ -99,6 +108,7 @@ fn main() -> ExitCode {
         Command::Dist(args) => ("".into(), dist::run(args).map(|()| 0)),
         Command::Owner(args) => ("".into(), list::owner(args).map(|()| 0)),
         Command::Check(args) => (args.file.to_string_lossy(), check::run(args)),
+        Command::Bench(args) => (args.file.to_string_lossy(), bench::run(args).map(|()| 0)),
         Command::Info(args) => (args.file.to_string_lossy(), info::run(args).map(|()| 0)),
     };
     let error = match result {

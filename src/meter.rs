@@ -58,6 +58,14 @@ impl Latency {
         self.sum_us = self.sum_us.saturating_add(us);
     }
 
+    /// Those of another.
+    pub fn add_all(&mut self, other: &Self) {
+        for (sum, count) in self.buckets.iter_mut().zip(other.buckets) {
+            *sum += count;
+        }
+        self.sum_us = self.sum_us.saturating_add(other.sum_us);
+    }
+
     /// The mean in µs, of this many.
     pub fn mean(&self, count: u64) -> f64 {
         if count == 0 { 0.0 } else { self.sum_us as f64 / count as f64 }
@@ -93,10 +101,7 @@ impl Requests {
         self.requests += other.requests;
         self.bytes += other.bytes;
         self.errors += other.errors;
-        for (sum, count) in self.latency.buckets.iter_mut().zip(other.latency.buckets) {
-            *sum += count;
-        }
-        self.latency.sum_us = self.latency.sum_us.saturating_add(other.latency.sum_us);
+        self.latency.add_all(&other.latency);
     }
 }
 

@@ -17,12 +17,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::buffer::{Area, Piece};
+use crate::front::CharDevice;
 use crate::ring::{Io, Registered};
 use crate::ublk;
 
@@ -68,15 +68,17 @@ pub struct Payload {
     buffers: Option<Area>,
     /// Bytes of each.
     bytes: u32,
-    device: Arc<File>,
+    /// The character device; none where there are buffers and nobody to copy from or to.
+    device: Option<CharDevice>,
     zero: File,
 }
 
 impl Payload {
-    /// Of `depth` requests of at most `bytes` bytes, on the queue `queue` of a character device.
+    /// Of `depth` requests of at most `bytes` bytes on the queue `queue`, of a character device if
+    /// there is one.
     pub fn new(
         path: DataPath,
-        device: Arc<File>,
+        device: Option<CharDevice>,
         queue: u16,
         depth: u16,
         bytes: u32,
@@ -91,6 +93,11 @@ impl Payload {
     /// Whether the ring needs a table of registered buffers.
     pub fn registers(&self) -> bool {
         self.path == DataPath::ZeroCopy
+    }
+
+    /// Whether each tag has a buffer that the driver has to know.
+    pub fn has_addresses(&self) -> bool {
+        self.path == DataPath::Copy
     }
 
     /// What a FETCH or COMMIT of this tag says: the address of a buffer, and what is to be
@@ -126,7 +133,7 @@ impl Payload {
         while have < len {
             let offset = ublk::payload_offset(self.queue, tag, have);
             let at = start + have as usize;
-            have += copy(area, &self.device, offset, at, (len - have) as usize)?;
+            have += copy(area, self.device(), offset, at, (len - have) as usize)?;
         }
         Ok(())
     }
@@ -171,10 +178,22 @@ impl Payload {
             Some(area) => area.copy_in(start, from),
             None => {
                 let offset = ublk::payload_offset(self.queue, tag, at);
-                self.device.write_all_at(from, offset)?;
+                self.device().write_all_at(from, offset)?;
             }
         }
         Ok(())
+    }
+
+    /// Copies a part of a request that has a buffer.
+    pub fn copy_out(&self, tag: u16, at: u32, to: &mut [u8]) {
+        let len = u32::try_from(to.len()).expect("a part of a request");
+        let start = self.start(tag, at, len);
+        self.buffers.as_ref().expect("asked for where there are buffers").copy_out(start, to);
+    }
+
+    fn device(&self) -> &File {
+        let device = self.device.as_ref().and_then(|device| device.get());
+        device.expect("only a device's requests are copied")
     }
 
     fn start(&self, tag: u16, at: u32, len: u32) -> usize {

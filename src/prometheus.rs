@@ -17,10 +17,24 @@ struct Page {
     labels: String,
 }
 
+const UP: &str = "1 if the device's server answers.";
+
+/// The page of a device whose server does not answer.
+pub fn down(of: &Subject) -> String {
+    let mut page = Page { text: String::new(), labels: labels(of) };
+    page.single("gauge", "up", UP, 0.0);
+    page.text
+}
+
+fn labels(of: &Subject) -> String {
+    format!("device=\"{}\",image=\"{}\"", escaped(of.device), escaped(of.image))
+}
+
 /// All figures of one device.
 pub fn text(of: &Subject, figures: &Figures) -> String {
-    let labels = format!("device=\"{}\",image=\"{}\"", escaped(of.device), escaped(of.image));
+    let labels = labels(of);
     let mut page = Page { text: String::new(), labels };
+    page.single("gauge", "up", UP, 1.0);
     page.requests(figures);
     page.latencies(figures);
     page.engine(figures);
@@ -127,6 +141,16 @@ impl Page {
         self.single("gauge", "degraded", help, f64::from(u8::from(figures.degraded)));
         let help = "Clusters that a crash at this moment would leak at the most.";
         self.single("gauge", "leak_bound_clusters", help, figures.leak_bound as f64);
+        let stats = &figures.stats;
+        let help =
+            "Clusters that are set aside: reserved ahead of need, or on their way to being free.";
+        let aside = [
+            (label("for", "reserved"), stats.reserved as f64),
+            (label("for", "quarantined"), stats.quarantined as f64),
+        ];
+        self.metric("gauge", "clusters_aside", help, &aside);
+        let help = "Mappings whose data is not durable yet.";
+        self.single("gauge", "overlay_mappings", help, stats.overlay as f64);
         let help = "Operations on files that have not returned for 30 s.";
         // Not added up as fractions: the sum of none of those is -0.
         let stuck: u64 = figures.stuck.iter().map(|one| u64::from(one.count)).sum();

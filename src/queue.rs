@@ -1,22 +1,24 @@
 //! The loop: guest requests in, operations out, completions in, replies out.
 //!
 //! A thread and a ring for each queue, one `io_uring_enter` per turn. A turn takes every completion
-//! there is (a ublk command brings a request, a file operation an outcome), hands them to the
+//! there is (a ublk command brings requests, a file operation an outcome), hands them to the
 //! engine that all queues share ([`Core`]), and takes from it what is for this queue: operations
-//! become submissions, replies become COMMIT_AND_FETCH. Nothing blocks but the ring; compressed
+//! become submissions, replies go to the [`Front`]. Nothing blocks but the ring; compressed
 //! clusters are inflated by other threads, which wake the ring through an eventfd. What the bytes
 //! of requests take (`payload.rs`) happens before and after the engine is locked.
 //!
-//! The device's end reaches this loop as aborted fetches: when every tag of every queue is aborted
+//! The device's end reaches this loop as aborted commands: when the fronts of all queues are over
 //! no request can come any more, and the engine is closed. So the loop ends the same way whoever
 //! stopped the device: our own main thread, `del`, or another tool.
 //!
 //! The first queue also keeps the engine's time. Each has a timer, on which it looks for operations
 //! that do not return (`watch.rs`) and reports to the main thread; it does that on demand, too.
 
-use std::fs::File;
+#[cfg(test)]
+mod tests;
+
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -29,12 +31,12 @@ use crate::decode::{Limits, decode};
 use crate::driver::{Common, Driver, Ended, Flight, Staged, Step};
 use crate::errno;
 use crate::fence::Fence;
+use crate::front::{self, Front, Requests, Sent};
 use crate::link::{Event, QueueEnd, Report};
 use crate::meter::{Arrived, Meter};
 use crate::payload::{DataPath, Payload};
 use crate::ring::{Io, MAX_ENTRIES, Ring};
 use crate::sys;
-use crate::ublk;
 use crate::watch::Watch;
 
 /// What every queue thread is given.
@@ -42,7 +44,7 @@ use crate::watch::Watch;
 pub struct Setup {
     pub core: Arc<Core>,
     pub common: Common,
-    pub device: Arc<File>,
+    pub requests: Requests,
     pub path: DataPath,
     pub depth: u16,
     pub limits: Limits,
@@ -52,7 +54,7 @@ pub struct Setup {
 
 /// Whose completion it is.
 enum Token {
-    Fetch(u16),
+    Front(Sent),
     File(Flight),
     /// Another queue was woken.
     Poke(u16),
@@ -61,13 +63,17 @@ enum Token {
     Inflated,
 }
 
+impl From<Sent> for Token {
+    fn from(sent: Sent) -> Self {
+        Self::Front(sent)
+    }
+}
+
 /// Where a tag is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Tag {
-    /// Not fetched yet, or aborted: no request can come.
-    Closed,
-    /// With the kernel.
-    Fetching,
+    /// Not with us.
+    Away,
     /// With the engine; the reply of success is this number. A read's payload leaves with it.
     Busy { success: i32, read: bool, arrived: Arrived },
 }
@@ -96,11 +102,13 @@ struct Queue {
     driver: Driver,
     core: Arc<Core>,
     link: QueueEnd,
-    descriptors: Area,
+    front: Front,
     wake: Area,
     inflated: Area,
     tags: Vec<Tag>,
-    open_tags: u16,
+    /// How many of them are busy.
+    busy: u16,
+    told_of_leaving: bool,
     limits: Limits,
     /// File operations in flight and their limit.
     flights: usize,
@@ -120,8 +128,6 @@ struct Queue {
     staged: Vec<Staged>,
     replies: Vec<Reply>,
     done: Vec<(Token, i32)>,
-    // Kept open as long as commands may be in flight; closed before the device is deleted.
-    device: Arc<File>,
 }
 
 /// The thread of one queue, on these CPUs: serves until the device has stopped and the image is
@@ -143,28 +149,25 @@ pub fn run(setup: Setup, number: u16, cpus: &[usize], link: QueueEnd) {
 
 impl Queue {
     fn new(setup: Setup, number: u16, link: QueueEnd) -> Result<Self> {
-        let Setup { core, common, device, path, depth, limits, fence } = setup;
+        let Setup { core, common, requests, path, depth, limits, fence } = setup;
         let queues = core.queues();
-        let others = u32::from(depth) + OWN_OPERATIONS + u32::from(queues);
+        let others = front::commands(&requests, depth) + OWN_OPERATIONS + u32::from(queues);
         // Metadata goes out on whichever queue had the event, so each may get all there is.
         let wanted = u32::try_from(core.lock().engine.max_ops()).unwrap_or(MAX_ENTRIES).max(1);
         let flights = wanted.min(MAX_ENTRIES - others);
-        let ring = Ring::new(flights + others).context(
+        let mut ring = Ring::new(flights + others).context(
             "io_uring is not available (kernel.io_uring_disabled must be 0, and a memory limit \
              must leave room for the ring)",
         )?;
         if let Some(fence) = &fence {
             ring.hold(fence.fd()).context("registering a file with the ring")?;
         }
-        let bytes = usize::from(depth) * size_of::<ublk::IoDesc>();
-        let offset = u64::from(number) * ublk::DESC_STRIDE;
-        let descriptors = Area::map_shared(&device, offset, bytes)
-            .context("mapping the request descriptors of the ublk device")?;
-        let payload = Payload::new(path, Arc::clone(&device), number, depth, limits.max_request);
+        let payload = Payload::new(path, requests.device(), number, depth, limits.max_request);
         let payload = payload.context("buffers")?;
         if payload.registers() {
             ring.register_buffers(depth).context("making the ring's table of buffers")?;
         }
+        let front = Front::new(requests, number, depth, &payload, &mut ring)?;
         let driver = Driver::new(&common, payload, flights, ring.can_truncate());
         let tags = usize::from(depth);
         let flights = flights as usize;
@@ -174,11 +177,12 @@ impl Queue {
             ring,
             core,
             link,
-            descriptors,
+            front,
             wake: Area::new(8).context("buffers")?,
             inflated: Area::new(8).context("buffers")?,
-            tags: vec![Tag::Closed; tags],
-            open_tags: 0,
+            tags: vec![Tag::Away; tags],
+            busy: 0,
+            told_of_leaving: false,
             limits,
             flights: 0,
             max_flights: flights,
@@ -194,24 +198,27 @@ impl Queue {
             staged: Vec::with_capacity(flights),
             replies: Vec::with_capacity(tags),
             done: Vec::with_capacity(flights + others as usize),
-            device,
         })
     }
 
-    fn serve(&mut self) -> Result<()> {
+    /// Turns until requests may come.
+    fn start(&mut self) -> Result<()> {
         self.push_inflated();
         self.push_wake();
         self.ring.push(Token::Timer, Io::Timer);
         if self.is_first() {
             self.open()?;
+            self.link.tell(Event::Opened);
         }
-        for tag in 0..self.depth() {
-            self.fetch(tag, ublk::IO_FETCH, 0);
-        }
-        self.open_tags = self.depth();
+        self.link.wait_for_go();
+        self.front.begin(&mut self.ring, self.driver.payload())?;
         self.link.tell(Event::Ready);
+        Ok(())
+    }
 
-        while self.open_tags > 0 {
+    fn serve(&mut self) -> Result<()> {
+        self.start()?;
+        while !self.front.is_over(self.busy) {
             self.turn()?;
         }
         // Every request was replied to, and none can come.
@@ -221,6 +228,7 @@ impl Queue {
         while !self.seen.closed {
             self.turn()?;
         }
+        self.tell(None);
         self.check("closing the image")
     }
 
@@ -249,10 +257,6 @@ impl Queue {
         self.number == 0
     }
 
-    fn depth(&self) -> u16 {
-        u16::try_from(self.tags.len()).expect("the depth is a u16")
-    }
-
     /// One turn of the loop.
     fn turn(&mut self) -> Result<()> {
         self.work();
@@ -273,7 +277,7 @@ impl Queue {
                     let step = self.driver.next(flight, code, self.watch.now());
                     self.apply(step, 0);
                 }
-                Token::Fetch(tag) => self.fetched(tag, code)?,
+                Token::Front(sent) => self.front.completed(sent, code)?,
                 Token::Poke(queue) => self.poked(queue, code),
                 Token::Timer => {
                     self.timer();
@@ -293,12 +297,19 @@ impl Queue {
             }
         }
         self.done = done;
+        self.front.collect(&mut self.ring)?;
+        if self.front.is_leaving() && !std::mem::replace(&mut self.told_of_leaving, true) {
+            self.link.tell(Event::Leaving);
+        }
         turned.map(drop)
     }
 
     /// Hands over what has come, and carries out what the engine wants, until it wants no more.
     fn work(&mut self) {
         loop {
+            while let Some(tag) = self.front.arrived(self.driver.payload()) {
+                self.arrived(tag);
+            }
             self.exchange();
             let mut staged = std::mem::take(&mut self.staged);
             for staged in staged.drain(..) {
@@ -311,10 +322,11 @@ impl Queue {
                 self.reply(reply);
             }
             self.replies = replies;
-            if self.ended.is_empty() {
-                return;
+            if self.ended.is_empty() && !self.front.has_more() {
+                break;
             }
         }
+        self.front.send(&mut self.ring, self.driver.payload());
     }
 
     /// All that happens with the engine locked.
@@ -433,37 +445,30 @@ impl Queue {
         }
     }
 
-    fn fetched(&mut self, tag: u16, code: i32) -> Result<()> {
-        let index = usize::from(tag);
-        if code < 0 {
-            self.tags[index] = Tag::Closed;
-            self.open_tags -= 1;
-            if code != ublk::RES_ABORT {
-                bail!("a ublk command of tag {tag} failed: {}", errno::describe(-code));
-            }
-            return Ok(());
-        }
-        let desc: ublk::IoDesc = self.descriptors.read(index * size_of::<ublk::IoDesc>());
-        match self.accept(tag, &desc) {
+    fn arrived(&mut self, tag: u16) {
+        match self.accept(tag) {
             Ok(request) => self.requests.push((tag, request)),
             Err(errno) => {
                 self.meter.refused += 1;
                 self.commit(tag, -errno);
             }
         }
-        Ok(())
     }
 
     /// The request, with its payload here. Or the error to reply with.
-    fn accept(&mut self, tag: u16, desc: &ublk::IoDesc) -> Result<Request, i32> {
+    fn accept(&mut self, tag: u16) -> Result<Request, i32> {
+        let desc = self.front.descriptor(tag);
         let limits = Limits { size: self.core.size(), ..self.limits };
-        let (request, success) = decode(desc, &limits)?;
+        let (request, success) = decode(&desc, &limits)?;
         if let Request::Write { len, .. } = request {
             moved("fetching", tag, self.driver.payload().arrived(tag, len))?;
         }
         let read = matches!(request, Request::Read { .. });
         let arrived = Arrived::new(request, self.begun);
-        self.tags[usize::from(tag)] = Tag::Busy { success, read, arrived };
+        let before = &mut self.tags[usize::from(tag)];
+        assert!(*before == Tag::Away, "a tag has one request at a time");
+        *before = Tag::Busy { success, read, arrived };
+        self.busy += 1;
         Ok(request)
     }
 
@@ -472,6 +477,8 @@ impl Queue {
         let Tag::Busy { success, read, arrived } = self.tags[usize::from(tag)] else {
             panic!("the engine replies once to each request");
         };
+        self.tags[usize::from(tag)] = Tag::Away;
+        self.busy -= 1;
         let mut result = reply.result.map_or_else(|kind| -errno::errno_of(kind), |()| success);
         if read && let Ok(len @ 1..) = u32::try_from(result) {
             let left = moved("handing over", tag, self.driver.payload().leaves(tag, len));
@@ -482,15 +489,7 @@ impl Queue {
     }
 
     fn commit(&mut self, tag: u16, result: i32) {
-        self.fetch(tag, ublk::IO_COMMIT_AND_FETCH, result);
-    }
-
-    fn fetch(&mut self, tag: u16, code: u32, result: i32) {
-        self.tags[usize::from(tag)] = Tag::Fetching;
-        let (addr, register) = self.driver.payload().to_fetch(tag);
-        let payload = ublk::IoCmd { queue: self.number, tag, result, addr };
-        let fd = self.device.as_raw_fd();
-        self.ring.push(Token::Fetch(tag), Io::Command { fd, code, payload, register });
+        self.front.commit(tag, result, &mut self.ring, self.driver.payload());
     }
 
     fn push_wake(&mut self) {

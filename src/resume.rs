@@ -51,7 +51,8 @@ pub fn quiesce(args: &QuiesceArgs) -> Result<()> {
     let server = pid_of(&state).and_then(|pid| PidFd::open(pid).ok());
     control.quiesce(id, QUIESCE_LIMIT).map_err(|error| match error.errno {
         libc::EBUSY => anyhow!(
-            "device {id}: requests did not end within {} s; it is served as before",
+            "device {id}: requests did not end within {} s, and new ones wait; give `ublk-qcow2 \
+             quiesce -n {id}` again when the storage of the image answers",
             QUIESCE_LIMIT.as_secs()
         ),
         _ => anyhow!(error).context(format!("device {id}")),
@@ -59,8 +60,9 @@ pub fn quiesce(args: &QuiesceArgs) -> Result<()> {
     let Some(server) = server else { return Ok(()) };
     if !server.ended_within(CLOSE_LIMIT).context("poll")? {
         bail!(
-            "device {id} is quiesced, but its server (process {}) has not closed the image within \
-             {} s",
+            "the server of device {id} (process {}) has not handed it over within {} s; \
+             `ublk-qcow2 list -n {id}` says what it waits for, and `ublk-qcow2 recover -n {id}` \
+             goes on when it has",
             state.pid,
             CLOSE_LIMIT.as_secs()
         );

@@ -2,11 +2,12 @@
 //! with `unsafe`.)
 //!
 //! Every operation in flight holds one slot of the slab, and a slot's number is the operation's
-//! `user_data`; the only other value is that of a poke by another ring ([`Io::Poke`]), of which one
-//! at a time is under way. Each operation has exactly one completion (nothing multishot), and the
-//! submission queue has at least as many entries as the slab has slots. So neither queue can
-//! overflow, and nothing is ever refused or lost: the owner of a ring gives it as many slots as it
-//! has operations.
+//! `user_data`. There are two other values: a poke by another ring ([`Io::Poke`]), of which one at
+//! a time is under way, and the one command with many completions, which brings tags to the
+//! [`Inbox`]; of those no more are waiting than that has buffers. Any other operation has exactly
+//! one completion, and the submission queue has at least as many entries as the slab has slots. So
+//! neither queue can overflow, and nothing is ever refused or lost: the owner of a ring gives it as
+//! many slots as it has operations.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,6 +17,7 @@ use io_uring::types::{Fd, FsyncFlags, Timespec};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 
 use crate::buffer::Piece;
+use crate::inbox::{self, Inbox};
 use crate::ublk;
 
 /// The largest submission queue the kernel makes.
@@ -38,8 +40,9 @@ pub enum Io {
     Allocate { fd: RawFd, mode: i32, offset: u64, len: u64 },
     /// ftruncate.
     Truncate { fd: RawFd, len: u64 },
-    /// A ublk I/O command on the character device, with what it says of a buffer to be registered.
-    Command { fd: RawFd, code: u32, payload: ublk::IoCmd, register: u64 },
+    /// A ublk I/O command on the character device: its payload, and its address or what it has in
+    /// the place of one.
+    Command { fd: RawFd, code: u32, payload: [u8; 16], address: u64 },
     /// Wakes the owner of another ring, for whom [`Ring::turn`] returns true.
     Poke { ring: RawFd },
     /// Completes (with ETIME) after [`TICK`].
@@ -56,6 +59,9 @@ pub struct Registered {
 
 /// The `user_data` of a poke by another ring. No slot has such a number.
 const POKE: u64 = u64::MAX;
+/// That of the command which brings tags, and the number of its group of buffers.
+const FETCH: u64 = u64::MAX - 1;
+const GROUP: u16 = 0;
 
 /// The period of [`Io::Timer`].
 pub const TICK: Duration = Duration::from_millis(500);
@@ -66,6 +72,7 @@ pub struct Ring<T> {
     ring: IoUring,
     slots: Vec<Option<T>>,
     free: Vec<u32>,
+    inbox: Option<Inbox>,
     tick: Box<Timespec>,
     can_truncate: bool,
 }
@@ -82,6 +89,7 @@ impl<T> Ring<T> {
             ring,
             slots: (0..capacity).map(|_| None).collect(),
             free: (0..capacity).rev().collect(),
+            inbox: None,
             tick: Box::new(Timespec::from(TICK)),
             can_truncate: probe.is_supported(opcode::Ftruncate::CODE),
         })
@@ -90,6 +98,33 @@ impl<T> Ring<T> {
     /// Makes a table of `count` buffers, which the ublk driver fills with the pages of requests.
     pub fn register_buffers(&self, count: u16) -> io::Result<()> {
         self.ring.submitter().register_buffers_sparse(count.into())
+    }
+
+    /// Makes buffers for the tags of requests that come in batches.
+    pub fn make_inbox(&mut self, depth: u16) -> io::Result<()> {
+        let inbox = Inbox::new(depth)?;
+        let submitter = self.ring.submitter();
+        // SAFETY: an inbox lies in areas, which are never unmapped.
+        unsafe {
+            submitter.register_buf_ring_with_flags(inbox.address(), inbox::BUFFERS, GROUP, 0)
+        }?;
+        self.inbox = Some(inbox);
+        Ok(())
+    }
+
+    /// What has come in batches, if there is an inbox.
+    pub fn inbox(&mut self) -> Option<&mut Inbox> {
+        self.inbox.as_mut()
+    }
+
+    /// Queues the command that brings tags to the inbox; only one may be under way. It takes a
+    /// submission entry, which the owner leaves to it, and no slot.
+    pub fn fetch(&mut self, fd: RawFd, code: u32, payload: [u8; 16]) {
+        let entry = opcode::UringCmd16::new(Fd(fd), code).cmd(payload).build();
+        let entry = multishot(entry).user_data(FETCH);
+        // SAFETY: the buffers are those of the inbox.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        assert!(pushed.is_ok(), "the owner leaves a submission entry to this");
     }
 
     /// Keeps a file open until the last operation of this ring has ended, also after the process.
@@ -132,9 +167,18 @@ impl<T> Ring<T> {
         }
         let mut poked = false;
         for completion in self.ring.completion() {
-            if completion.user_data() == POKE {
-                poked = true;
-                continue;
+            match completion.user_data() {
+                POKE => {
+                    poked = true;
+                    continue;
+                }
+                FETCH => {
+                    let (result, flags) = (completion.result(), completion.flags());
+                    let inbox = self.inbox.as_mut().expect("it was fetched into");
+                    inbox.take(result, cqueue::buffer_select(flags), cqueue::more(flags));
+                    continue;
+                }
+                _ => {}
             }
             let index = usize::try_from(completion.user_data()).expect("ours: a slot number");
             let token = self.slots[index].take().expect("one completion for each operation");
@@ -179,16 +223,32 @@ impl<T> Ring<T> {
                 opcode::Fallocate::new(Fd(fd), len).offset(offset).mode(mode).build()
             }
             Io::Truncate { fd, len } => opcode::Ftruncate::new(Fd(fd), len).build(),
-            Io::Command { fd, code, payload, register } => {
-                let mut bytes = [0; 16];
-                bytes.copy_from_slice(bytemuck::bytes_of(&payload));
-                opcode::UringCmd16::new(Fd(fd), code).cmd(bytes).addr(Some(register)).build()
+            Io::Command { fd, code, payload, address } => {
+                opcode::UringCmd16::new(Fd(fd), code).cmd(payload).addr(Some(address)).build()
             }
             Io::Poke { ring } => opcode::MsgRingData::new(Fd(ring), 0, POKE, None).build(),
             Io::Timer => opcode::Timeout::new(&raw const *self.tick).build(),
         }
     }
 }
+
+/// A command that may complete many times, each time into a buffer of the group. (The crate has no
+/// words for these two fields.)
+fn multishot(entry: squeue::Entry) -> squeue::Entry {
+    const FLAGS_AT: usize = 28;
+    const GROUP_AT: usize = 40;
+    const MULTISHOT: u32 = 1 << 1;
+    let mut entry = entry.flags(squeue::Flags::BUFFER_SELECT);
+    let start = (&raw mut entry).cast::<u8>();
+    // SAFETY: an entry is the kernel's structure of plain numbers, in which these two lie, aligned.
+    unsafe {
+        start.add(FLAGS_AT).cast::<u32>().write(MULTISHOT);
+        start.add(GROUP_AT).cast::<u16>().write(GROUP);
+    }
+    entry
+}
+
+const _: () = assert!(size_of::<squeue::Entry>() == 64 && align_of::<squeue::Entry>() == 8);
 
 fn is_passing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME))

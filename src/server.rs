@@ -12,26 +12,26 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use qcow2::{Discards, Options};
 
-use crate::cli::{AddArgs, Discard};
+use crate::cli::AddArgs;
 use crate::control::Control;
 use crate::core::Core;
 use crate::daemon::{Reporter, START_LIMIT};
 use crate::decode::Limits;
-use crate::device::{self, Device};
+use crate::device::Device;
 use crate::driver::Common;
 use crate::fence::Fence;
 use crate::figures::Figures;
 use crate::files::Files;
+use crate::front::{CharDevice, Delivery, Requests};
 use crate::isolate;
-use crate::journal::{self, Journal};
+use crate::journal::Journal;
 use crate::link::{self, Event, MainEnd};
 use crate::log;
-use crate::open::{self, Mode, Opened};
+use crate::open::Opened;
+use crate::prepare;
 use crate::queue;
 use crate::resize::{self, Grown};
-use crate::resume;
 use crate::signals::Signals;
 use crate::state::{self, State};
 use crate::sys;
@@ -39,6 +39,9 @@ use crate::ublk::{self, DevInfo};
 
 /// How long requests may take to end, and then the image to close.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// Milliseconds until the driver is asked again to take the rest of a device.
+const ASK_AGAIN: u8 = 100;
 
 /// What to serve.
 pub enum What {
@@ -61,27 +64,14 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
     }
 
     let mut what = what;
-    let (mut control, opened, fence) = prepare(args, &mut what, reporter)?;
+    let (mut control, opened, fence) = prepare::prepare(args, &mut what, reporter)?;
     // The tables were read into memory that is free again, of their size.
     sys::trim_memory();
     if !args.unprivileged {
         flusher.context("PR_SET_IO_FLUSHER; run as root, or give --unprivileged")?;
         isolate::keep_resident()?;
     }
-    let wanted = device::Wanted {
-        id: args.number,
-        queues: args.queues,
-        depth: args.depth,
-        path: args.data_path,
-        unprivileged: args.unprivileged,
-        recovery: args.recovery,
-        memory_alignment: opened.files.memory_alignment(),
-        size: opened.engine.virtual_size(),
-        block: args.block_size,
-        cluster_bits: opened.cluster_bits,
-        read_only: args.read_only,
-        discard: args.discard != Discard::Ignore,
-    };
+    let wanted = prepare::device(args, &opened);
     let (device, before) = match what {
         What::New => {
             reporter.stage("adding a ublk device")?;
@@ -90,11 +80,11 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         What::Old { info, state } => (Device::resume(info, wanted)?, Some(*state)),
     };
     log::name_device(device.id());
-    let mut state = describe(args, &opened, &device)?;
+    let mut state = prepare::describe(args, &opened, &device)?;
     if let Some(before) = &before {
         state.added_by = before.added_by;
     }
-    let notes = notes(args, &opened, &device);
+    let notes = prepare::notes(args, &opened, &device);
     let mut server = Server {
         control,
         device,
@@ -104,134 +94,28 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
         main: None,
         core: None,
         running: 0,
+        char_device: CharDevice::default(),
         fence,
         stays: before.is_some(),
         came_up: false,
         stopped: false,
+        leaving: false,
         files: opened.files.clone(),
     };
     // Nothing outside the folder of states and /dev is opened from here on.
-    let alone = if args.unprivileged { Ok(()) } else { isolate::leave_mounts() };
+    let status = sys::own_status().context("/proc/self/status")?;
+    let alone = match args.unprivileged {
+        true => Ok(()),
+        // Couriers that were started before would keep the mounts.
+        false => isolate::leave_mounts().and_then(|()| server.control.renew(&status)),
+    };
+    drop(status);
     let result = alone
         .context("making a mount namespace of its own")
         .and_then(|()| log::start())
         .and_then(|()| server.run(opened, reporter));
     server.leave(&result);
     result
-}
-
-/// What the user should know, once all has gone well.
-fn notes(args: &AddArgs, opened: &Opened, device: &Device) -> Vec<String> {
-    let note = |note: &String| format!("{}: {note}", args.file.display());
-    let mut notes: Vec<String> = opened.notes.iter().map(note).collect();
-    if device.queues() < args.queues {
-        let (made, cpus) = (device.queues(), "no more than there are CPUs");
-        notes.push(format!("{made} of {} queues were made: {cpus}", args.queues));
-    }
-    notes
-}
-
-/// Opens the image, and mends what an earlier crash has left in it; or waits until the last server
-/// of the device has gone, and brings in what that had acknowledged.
-fn prepare(
-    args: &AddArgs,
-    what: &mut What,
-    reporter: &mut Reporter,
-) -> Result<(Control, Opened, Option<Arc<Fence>>)> {
-    let mut wanted = wanted(args);
-    if let What::Old { info, state } = what {
-        let mut control = Control::for_server()?;
-        reporter.stage("waiting for the last server's operations to end")?;
-        let fence = Fence::take(info.dev_id)?;
-        // Another may have served it since we looked.
-        (*info, **state, _) = resume::waiting(&mut control, info.dev_id)?;
-        if !args.read_only {
-            let id = info.dev_id;
-            open::mend_unfinished(&wanted, id, &mut |stage| reporter.stage(stage))?;
-        }
-        // A server that has handed its device over has left nothing in its journal.
-        wanted.resume = (!args.read_only && !state.handed_over).then_some(info.dev_id);
-        reporter.stage("opening the image")?;
-        return Ok((control, open::open(&wanted)?, Some(Arc::new(fence))));
-    }
-    reporter.stage("opening the image")?;
-    if args.read_only {
-        let opened = open::open(&wanted)?;
-        return Ok((Control::for_server()?, opened, None));
-    }
-    let identity = open::look(&wanted)?;
-    // What the users of such a device wrote has to come before anything else that is written.
-    State::waiting_for(identity).map_or(Ok(()), |state| state.refuse())?;
-    let control = Control::for_server()?;
-    // It can be served, and there is somebody to serve it: only now is anything written.
-    let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
-    let mut opened = open::open(&wanted)?;
-    opened.notes.extend(mended);
-    Ok((control, opened, None))
-}
-
-fn wanted(args: &AddArgs) -> open::Wanted {
-    let mode = match (args.direct, args.buffered) {
-        (true, _) => Mode::Direct,
-        (_, true) => Mode::Buffered,
-        _ => Mode::Auto,
-    };
-    let options = Options {
-        read_only: args.read_only,
-        queues: args.queues,
-        depth: args.depth,
-        l2_cache: args.l2_cache,
-        refcount_cache: args.refcount_cache,
-        stress: args.stress,
-        journal: args.recovery.map_or(0, |_| journal::RECORDS),
-        discards: match args.discard {
-            Discard::Unmap => Discards::Unmap,
-            Discard::Keep => Discards::Keep,
-            Discard::Ignore => Discards::Ignore,
-        },
-        ..Options::default()
-    };
-    open::Wanted {
-        path: args.file.clone(),
-        mode,
-        block: args.block_size,
-        data_file: args.data_file.clone(),
-        allow_backing: args.allow_backing.clone(),
-        snapshot: args.snapshot.clone(),
-        lock: args.lock,
-        options,
-        resume: None,
-    }
-}
-
-fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<State> {
-    // The name is shown to people only, so a name that is not UTF-8 may lose characters.
-    let absolute = std::path::absolute(&args.file).unwrap_or_else(|_| args.file.clone());
-    let recipe = match args.recovery {
-        Some(_) => Some(args.absolute().context("the path of the image")?),
-        None => None,
-    };
-    Ok(State {
-        id: device.id(),
-        pid: std::process::id(),
-        pid_since: state::process_start(std::process::id()).unwrap_or(0),
-        added_by: std::process::id(),
-        image: args.file.to_string_lossy().into_owned(),
-        image_path: absolute.to_string_lossy().into_owned(),
-        version: opened.version,
-        virtual_size: opened.engine.virtual_size(),
-        cluster_size: 1 << opened.cluster_bits,
-        read_only: args.read_only,
-        direct: opened.direct,
-        block_size: args.block_size,
-        trusted: args.trust_content,
-        data_path: device.path.name().to_string(),
-        close_error: None,
-        failed: None,
-        identity: opened.files.image.identity()?,
-        recipe,
-        handed_over: false,
-    })
 }
 
 /// Rewrites the record of a device. If it cannot be, service goes on.
@@ -260,6 +144,8 @@ struct Server {
     core: Option<Arc<Core>>,
     /// How many of them do.
     running: u16,
+    /// For the queues, until they have it.
+    char_device: CharDevice,
     fence: Option<Arc<Fence>>,
     /// The device was there before this server, which has not taken it over yet.
     stays: bool,
@@ -267,6 +153,8 @@ struct Server {
     came_up: bool,
     /// This server has stopped the device.
     stopped: bool,
+    /// The driver takes the device from us.
+    leaving: bool,
     /// Closed last: the locks go with them.
     files: Files,
 }
@@ -274,9 +162,7 @@ struct Server {
 impl Server {
     fn run(&mut self, opened: Opened, reporter: &mut Reporter) -> Result<()> {
         opened.prepare()?;
-        if self.stays {
-            self.device.begin_resume(&mut self.control)?;
-        } else {
+        if !self.stays {
             self.device.set_params(&mut self.control)?;
             if self.state.recipe.is_some() {
                 self.fence = Some(Arc::new(Fence::take(self.device.id())?));
@@ -326,7 +212,10 @@ impl Server {
         let setup = queue::Setup {
             core: Arc::new(Core::new(opened.engine, journal, self.device.queues())),
             common: Common::new(opened.files, copies).context("buffers and worker threads")?,
-            device: Arc::new(self.device.open_char()?),
+            requests: Requests::Ublk {
+                device: Arc::clone(&self.char_device),
+                delivery: Delivery::of(&self.device.info),
+            },
             path: self.device.path,
             depth: self.device.info.queue_depth,
             limits: Limits {
@@ -348,6 +237,8 @@ impl Server {
             self.running += 1;
             self.wait_ready()?;
         }
+        // Only the queues have it open from here on.
+        self.char_device = CharDevice::default();
         Ok(())
     }
 
@@ -361,12 +252,23 @@ impl Server {
             let main = self.main.as_ref().context("the queue threads run")?;
             match main.wait_event(Duration::from_millis(100)) {
                 Some(Event::Ready) => return Ok(()),
+                Some(Event::Opened) => {
+                    // As late as can be: a server that dies from here on, before all its queues
+                    // have asked for requests, is one that Linux before 6.15 may have no successor
+                    // for.
+                    if self.stays {
+                        self.device.begin_resume(&mut self.control)?;
+                    }
+                    let file = self.device.open_char()?;
+                    self.char_device.get_or_init(|| file);
+                    self.main.as_ref().context("the queue threads run")?.let_go();
+                }
                 Some(Event::Ended(Err(text))) => return Err(anyhow!(text)),
                 Some(Event::Failed(text)) => {
                     self.remember_failure(&text);
                     bail!("{text}");
                 }
-                Some(Event::Ended(Ok(()))) => bail!("the queue ended before it began"),
+                Some(_) => bail!("the queue ended before it began"),
                 None if Instant::now() < deadline => {}
                 None => bail!("the image's first fdatasync did not end in time"),
             }
@@ -387,7 +289,8 @@ impl Server {
                 PollFd::new(sockets.figures.as_fd(), PollFlags::POLLIN),
                 PollFd::new(sockets.orders.as_fd(), PollFlags::POLLIN),
             ];
-            match poll(&mut set, PollTimeout::NONE) {
+            let limit = if self.leaving { PollTimeout::from(ASK_AGAIN) } else { PollTimeout::NONE };
+            match poll(&mut set, limit) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(error).context("poll"),
             }
@@ -396,11 +299,25 @@ impl Server {
             if self.running == 0 {
                 return Ok(());
             }
+            if self.leaving {
+                self.be_taken();
+            }
             self.obey(&sockets.orders)?;
             if self.signals.came() {
                 reporter.stopping();
                 return self.stop();
             }
+        }
+    }
+
+    /// While the device is taken from us: QUIESCE_DEV aborts the commands of tags that have no
+    /// request at that moment, and leaves those alone whose request is with us, which then go on to
+    /// wait for ever. It has to be sent again when that was replied to. By us: as long as this
+    /// process lives no successor can be hit by it.
+    fn be_taken(&mut self) {
+        if self.state.recipe.is_some() {
+            // What is still under way ends soon, or this is tried again.
+            let _ = self.control.quiesce(self.device.id(), Duration::from_millis(200));
         }
     }
 
@@ -447,7 +364,8 @@ impl Server {
     fn hear(&mut self, reporter: &mut Reporter) -> Result<()> {
         while let Some(event) = self.event() {
             match event {
-                Event::Ready => {}
+                Event::Opened | Event::Ready => {}
+                Event::Leaving => self.leaving = true,
                 Event::Failed(text) => {
                     // A successor must not take what was acknowledged for being there.
                     self.state.failed = Some(text);
@@ -496,7 +414,7 @@ impl Server {
                     result.map_err(|text| anyhow!(text))?;
                     self.running -= 1;
                 }
-                Some(Event::Ready | Event::Failed(_)) => {}
+                Some(Event::Opened | Event::Ready | Event::Leaving | Event::Failed(_)) => {}
                 None => bail!("the image was not closed within {} s", STOP_LIMIT.as_secs()),
             }
         }
@@ -533,6 +451,7 @@ impl Server {
             // Fails if it was stopped already, and is given up if requests do not end.
             let _ = self.control.stop(id, Duration::from_secs(5));
         }
+        State::forget_trust(id);
         match (result, State::load(id)) {
             // Only a device that had come up has a file; the end of others is told by `add`.
             (Err(error), Some(state)) if state.pid == self.state.pid => {

@@ -68,6 +68,8 @@ pub struct State {
     pub trusted: bool,
     /// How payload travels between kernel and daemon.
     pub data_path: String,
+    #[serde(default)]
+    pub delivery: String,
     /// Why closing the image failed.
     pub close_error: Option<String>,
     /// Why the image takes no writes any more, since when its server ran.
@@ -200,12 +202,20 @@ impl State {
         fs::write(&mark, []).with_context(|| format!("making {}", mark.display()))
     }
 
+    /// Removes what the udev rules were told: another device may get the number.
+    pub fn forget_trust(id: u32) {
+        for file in ["trusted", "untrusted"] {
+            let _ = fs::remove_file(path(id, file));
+        }
+    }
+
     /// Removes what is recorded for a device.
     pub fn remove(id: u32) {
         // Missing is as good as removed, and nothing depends on the rest.
-        for file in ["json", "sock", "orders", "journal", "fence", "trusted", "untrusted"] {
+        for file in ["json", "sock", "orders", "journal", "fence"] {
             let _ = fs::remove_file(path(id, file));
         }
+        Self::forget_trust(id);
     }
 }
 

@@ -29,7 +29,15 @@ pub fn run(args: &StatsArgs) -> Result<()> {
     if args.watch {
         return watch(&state);
     }
-    let (value, figures) = ask(&state)?;
+    let (value, figures) = match ask(&state) {
+        Err(error) if args.prometheus => {
+            eprintln!("ublk-qcow2: {}", plain(&format!("{error:#}")));
+            let device = device::block_path(state.id).display().to_string();
+            let page = prometheus::down(&Subject { device: &device, image: &state.image_path });
+            return io::stdout().write_all(page.as_bytes()).context("writing to stdout");
+        }
+        answer => answer?,
+    };
     let text = if args.json {
         serde_json::to_string_pretty(&json_of(&state, value))? + "\n"
     } else if args.prometheus {

@@ -1,9 +1,10 @@
 //! System calls that no crate of ours wraps safely. (One of the four files with `unsafe`.)
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -83,10 +84,18 @@ pub fn trim_memory() {
     unsafe { libc::malloc_trim(0) };
 }
 
-/// Splits the process in two. EAGAIN where there is more than one thread, or no telling.
-pub fn fork() -> nix::Result<ForkResult> {
-    let threads = fs::read_dir("/proc/self/task").map(Iterator::count);
-    if !threads.is_ok_and(|count| count == 1) {
+/// What the kernel says of this process, for [`fork`]: to be opened where there is a `/proc`.
+pub fn own_status() -> io::Result<File> {
+    File::open("/proc/self/status")
+}
+
+/// Splits the process in two. EAGAIN where it has more than one thread by its status, or there is
+/// no telling.
+pub fn fork(status: &File) -> nix::Result<ForkResult> {
+    let mut bytes = vec![0; 8192];
+    let len = status.read_at(&mut bytes, 0).unwrap_or(0);
+    let mut lines = bytes[..len].split(|&byte| byte == b'\n');
+    if !lines.any(|line| line == b"Threads:\t1") {
         return Err(Errno::EAGAIN);
     }
     // SAFETY: only this thread exists, so no lock can be held by one that the child does not have.
@@ -157,11 +166,13 @@ pub fn block_device_size(file: &File) -> io::Result<u64> {
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 
 /// Ignores SIGHUP, and SIGXFSZ: a write beyond RLIMIT_FSIZE fails with EFBIG instead of killing.
+/// And SIGCHLD, so that nobody has to wait for couriers that have ended.
 pub fn ignore_signals() {
     // SAFETY: ignoring a signal installs no handler.
     unsafe {
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
         libc::signal(libc::SIGHUP, libc::SIG_IGN);
+        libc::signal(libc::SIGCHLD, libc::SIG_IGN);
     }
 }
 

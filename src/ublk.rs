@@ -120,6 +120,32 @@ pub struct IoCmd {
     pub addr: u64,
 }
 
+/// Payload of the commands for many requests at a time (in the same 16 bytes).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct BatchCmd {
+    pub queue: u16,
+    pub flags: u16,
+    /// How many elements lie at the address of the SQE, and bytes of each.
+    pub elements: u16,
+    pub element_bytes: u8,
+    pub reserved: u8,
+    pub unused: u64,
+}
+
+/// One request of a batch: its reply, and the buffer for the next request of its tag.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Element {
+    pub tag: u16,
+    /// The number under which the pages of the next request are to be registered.
+    pub register: u16,
+    pub result: i32,
+}
+
+/// In `flags`: behind each element, the address of a buffer.
+pub const BATCH_HAS_ADDRESS: u16 = 1 << 1;
+
 /// A request as the driver describes it in the mapped array, one per tag.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
@@ -138,6 +164,8 @@ const _: () = {
     assert!(size_of::<ParamDevt>() == 16);
     assert!(size_of::<Params>() == 120);
     assert!(size_of::<IoCmd>() == 16);
+    assert!(size_of::<BatchCmd>() == 16);
+    assert!(size_of::<Element>() == 8);
     assert!(size_of::<IoDesc>() == 24);
 };
 
@@ -220,6 +248,9 @@ pub const TRY_STOP_DEV: Command = control(READ_WRITE, 0x17, "TRY_STOP_DEV");
 
 pub const IO_FETCH: u32 = ioc(READ_WRITE, 0x20, IO);
 pub const IO_COMMIT_AND_FETCH: u32 = ioc(READ_WRITE, 0x21, IO);
+pub const IO_PREPARE_BATCH: u32 = ioc(READ_WRITE, 0x25, IO);
+pub const IO_COMMIT_BATCH: u32 = ioc(READ_WRITE, 0x26, IO);
+pub const IO_FETCH_BATCH: u32 = ioc(READ_WRITE, 0x27, IO);
 
 pub const F_CMD_IOCTL_ENCODE: u64 = 1 << 6;
 pub const F_SUPPORT_ZERO_COPY: u64 = 1 << 0;
@@ -231,10 +262,24 @@ pub const F_USER_RECOVERY_FAIL_IO: u64 = 1 << 9;
 pub const F_UPDATE_SIZE: u64 = 1 << 10;
 pub const F_AUTO_BUF_REG: u64 = 1 << 11;
 pub const F_QUIESCE: u64 = 1 << 12;
+pub const F_BATCH_IO: u64 = 1 << 15;
 pub const F_SAFE_STOP_DEV: u64 = 1 << 17;
 pub const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
-/// What `add` asks for where the driver has it.
-pub const F_WANTED: u64 = F_CMD_IOCTL_ENCODE | F_NO_AUTO_PART_SCAN;
+
+/// Those that this program makes use of, always or on demand.
+pub const F_USED: u64 = F_SUPPORT_ZERO_COPY
+    | F_USER_RECOVERY
+    | F_USER_RECOVERY_REISSUE
+    | F_UNPRIVILEGED_DEV
+    | F_CMD_IOCTL_ENCODE
+    | F_USER_COPY
+    | F_USER_RECOVERY_FAIL_IO
+    | F_UPDATE_SIZE
+    | F_AUTO_BUF_REG
+    | F_QUIESCE
+    | F_BATCH_IO
+    | F_SAFE_STOP_DEV
+    | F_NO_AUTO_PART_SCAN;
 
 /// Every flag known so far: bit, name, kernel that brought it.
 pub const FEATURES: [(u32, &str, &str); 21] = [
@@ -288,6 +333,7 @@ mod tests {
         assert_eq!(ADD_DEV.code, 0xc020_7504);
         assert_eq!(GET_FEATURES.code, 0x8020_7513);
         assert_eq!(IO_FETCH, 0xc010_7520);
+        assert_eq!(IO_FETCH_BATCH, 0xc010_7527);
     }
 
     #[test]

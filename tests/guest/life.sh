@@ -65,6 +65,54 @@ gone 3
 gone "$id"
 no_devices
 
+say 'what keeps a server from waiting for itself'
+add image.qcow2
+pid=$(daemon_of "$id")
+locked=$(sed -n 's/^VmLck:[[:space:]]*\([0-9]*\) kB/\1/p' "/proc/$pid/status")
+((locked > 1000)) || fail "only $locked KiB of the server's memory are locked"
+[[ $(<"/proc/$pid/oom_score_adj") == -1000 ]] || fail "the server may be killed for want of memory"
+# PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE, of PR_SET_IO_FLUSHER: proc(5), the 9th field.
+flags=$(awk '{ print $9 }' "/proc/$pid/stat")
+(((flags & 0x180000) == 0x180000)) || fail "the server is no I/O flusher: flags $flags"
+processes=("$pid")
+for status in /proc/[0-9]*/status; do
+    if grep -qs "^PPid:[[:space:]]*$pid$" "$status"; then
+        process=${status#/proc/}
+        processes+=("${process%/status}")
+    fi
+done
+((${#processes[@]} == 3)) || fail "a server has two processes that send commands: ${processes[*]}"
+for process in "${processes[@]}"; do
+    mounts=$(awk '{ print $5 }' "/proc/$process/mountinfo" | sort -u | tr '\n' ' ')
+    [[ $mounts == '/ /dev /run/ublk-qcow2 ' ]] || fail "process $process has the mounts $mounts"
+    [[ $(<"/proc/$process/oom_score_adj") == -1000 ]] || fail "process $process may be killed"
+done
+del
+
+say 'partitions'
+create parts.qcow2 16M
+add parts.qcow2
+# One partition of type 0x83, 4096 sectors from sector 2048 on.
+{
+    head -c 446 /dev/zero
+    printf '\0\0\0\0\x83\0\0\0\0\x08\0\0\0\x10\0\0'
+    head -c 48 /dev/zero
+    printf '\x55\xaa'
+} >mbr
+within 20 dd if=mbr of="$dev" bs=512 oflag=direct conv=fsync,notrunc status=none
+del
+add parts.qcow2
+if [[ $VM_KERNEL == new ]]; then
+    [[ ! -e ${dev}p1 ]] || fail "the kernel has looked for partitions"
+    within 20 partx -a "$dev"
+    until_true 5 test -b "${dev}p1"
+fi
+del
+add parts.qcow2 --partscan
+until_true 5 test -b "${dev}p1"
+del
+clean parts.qcow2
+
 say 'busy devices'
 add image.qcow2
 exec {hold}<"$dev"

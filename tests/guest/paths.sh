@@ -4,20 +4,22 @@
 # timeout: 420
 # cpus: 4
 # memory: 8G
-# Every data path that the kernel has, and with several queues: a file system, and writes of four
+# Every data path and delivery that the kernel has, and with several queues: a file system, and writes of four
 # jobs at a time that fio verifies, on an image, an overlay and with caches that are much too small.
-# By hand: ALL=1 for all of fs.sh and fio-verify.sh on each path with 1, 2 and 4 queues.
+# By hand: ALL=1 for all of fs.sh and fio-verify.sh on each of them with 1, 2 and 4 queues.
 source "$(dirname "$0")/lib.sh"
 
 here=$(cd "$(dirname "$0")" && pwd)
-paths=(user-copy copy)
+paths=(user-copy copy) deliveries=(single)
 if [[ $VM_KERNEL == new ]]; then
-    paths=(zero-copy "${paths[@]}")
+    paths=(zero-copy "${paths[@]}") deliveries=(batch single)
 else
     # What the kernel does not have is refused, and the next best is taken.
     create image.qcow2 16M
     ! within 60 ublk-qcow2 add -f image.qcow2 --data-path zero-copy 2>err || fail "zero copy served"
     grep -q 'leave --data-path out to use user-copy' err || fail "zero copy: $(<err)"
+    ! within 60 ublk-qcow2 add -f image.qcow2 --delivery batch 2>err || fail "batches served"
+    grep -q 'leave --delivery out to use single' err || fail "batches: $(<err)"
     rm image.qcow2
 fi
 
@@ -28,16 +30,19 @@ listed() {
 }
 
 if [[ -n ${ALL:-} ]]; then
-    for path in "${paths[@]}"; do
+    ways=()
+    for delivery in "${deliveries[@]}"; do
+        ways+=("${paths[@]/%/ --delivery $delivery}")
+    done
+    for way in "${ways[@]}"; do
         for queues in 1 2 4; do
             for script in fs fio-verify; do
-                mkdir "$path-$queues-$script"
-                (cd "$path-$queues-$script" &&
-                    ADD_OPTIONS="--data-path $path -q $queues" bash "$here/$script.sh") ||
-                    fail "$script on $path with $queues queues"
-                rm -r "$path-$queues-$script"
+                mkdir one
+                (cd one && ADD_OPTIONS="--data-path $way -q $queues" bash "$here/$script.sh") ||
+                    fail "$script on $way with $queues queues"
+                rm -r one
             done
-            say "$path with $queues queues: passed"
+            say "$way with $queues queues: passed"
         done
     done
     exit
@@ -49,6 +54,7 @@ within 60 ublk-qcow2 add -f image.qcow2 -n 0 -q 8 >out 2>err || fail "add -q 8: 
 id=0
 grep -q '4 of 8 queues' err || fail "the clamped number of queues is not reported: $(<err)"
 listed target.data_path "${paths[0]}"
+listed target.delivery "${deliveries[0]}"
 listed nr_hw_queues 4
 del
 rm image.qcow2
@@ -103,4 +109,19 @@ for path in "${paths[@]}"; do
         fail "a file system on $path with 4 queues"
     rm -r "$path"
 done
+if [[ ${deliveries[0]} == batch ]]; then
+    # All of the above were in batches. The other way too, with less of it.
+    for path in "${paths[@]}"; do
+        create image.qcow2 24M cluster_size=4k
+        case_of image.qcow2 --data-path "$path" --delivery single -q 2 --depth 32
+        rm image.qcow2
+        say "$path, one request at a time: verified"
+    done
+    # A depth above what is delivered at a time, and of a single tag.
+    for depth in 1 300; do
+        create image.qcow2 24M
+        case_of image.qcow2 --depth $depth
+        rm image.qcow2
+    done
+fi
 no_devices

@@ -113,7 +113,7 @@ cat text
 grep -qE "^read +$reads " text || fail "stats has no line of $reads reads"
 grep -q '^queue 1 ' text || fail "stats has no second queue"
 within 20 ublk-qcow2 list -n "$id" >text
-grep -qE 'data path [a-z-]+ queues 2 file I/O direct recovery queue health good' text ||
+grep -qE 'data path [a-z-]+ delivery [a-z]+ queues 2 file I/O direct recovery queue health good' text ||
     fail "list: $(cat text)"
 within 20 ublk-qcow2 list -n "$id" --json |
     jq -e '.[0] | .recovery == "queue" and .degraded == false and .stuck == []
@@ -140,6 +140,8 @@ mv kept "/run/ublk-qcow2/$id.json"
 pid=$(daemon_of "$id")
 kill -STOP "$pid"
 refused "process $pid" 'does not answer' -- ublk-qcow2 stats -n "$id"
+within 20 ublk-qcow2 stats -n "$id" --prometheus 2>err | grep -q '^ublk_qcow2_up{.*} 0$' ||
+    fail "a server that does not answer is up: $(<err)"
 within 20 ublk-qcow2 list -n "$id" | grep -q 'does not answer' || fail "list of a stopped server"
 kill -CONT "$pid"
 bound=$(figure .leak_bound) || fail "a server that goes on does not answer"

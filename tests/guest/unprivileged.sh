@@ -47,6 +47,11 @@ grep -q -e '--unprivileged' err || fail "without --unprivileged: $(<err)"
 grep -q 'leave --data-path out' err || fail "with a data path: $(<err)"
 
 # --- served by a user ---
+# What is left of an earlier device of root's says nothing of a user's.
+mkdir -p /run/ublk-qcow2
+for number in 0 1 2 3; do
+    : >"/run/ublk-qcow2/$number.trusted"
+done
 dev=$(as 1000 ublk-qcow2 add -f "$image" --unprivileged) || fail "add --unprivileged failed"
 [[ $dev =~ ^/dev/ublkb([0-9]+)$ ]] || fail "add printed '$dev'"
 id=${BASH_REMATCH[1]}
@@ -56,6 +61,7 @@ for node in "$dev" "/dev/ublkc$id"; do
 done
 [[ $("$udevadm" info --query=property --property=UBLK_QCOW2 --value "$dev") == untrusted ]] ||
     fail "udev trusts what a user's disk holds"
+rm /run/ublk-qcow2/[0-3].trusted
 head -c 8M /dev/urandom >1000/data
 chown 1000 1000/data
 as 1000 dd if="$PWD/1000/data" of="$dev" bs=64k oflag=direct conv=fsync status=none

@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# kernels: old new
+# disk: no
+# timeout: 240
+# memory: 4G
+# Devices without a server: handed over with requests under way; what requests see meanwhile with
+# each mode of --recovery; and what recover and quiesce refuse.
+source "$(dirname "$0")/lib.sh"
+
+serverless() { until_true 15 eval "ublk-qcow2 list -n $id | grep -qE 'state (QUIESCED|FAIL_IO)'"; }
+kill_server() {
+    kill -KILL "$(daemon_of "$id")"
+    serverless
+}
+recover() {
+    local out
+    out=$(within 60 ublk-qcow2 recover -n "$id") || fail "recover -n $id failed"
+    [[ $out == "$dev" ]] || fail "recover printed '$out'"
+}
+head -c 1M /dev/urandom >data
+
+# --- what is refused ---
+refused 'no ublk device 77' list -- ublk-qcow2 recover -n 77
+create image.qcow2 64M
+if [[ $VM_KERNEL == old ]]; then
+    add image.qcow2 --recovery queue
+    refused 'Linux 6.16' recover -- ublk-qcow2 quiesce -n "$id"
+    ! within 60 ublk-qcow2 add -f image.qcow2 --recovery fail 2>err || fail "mode fail was taken"
+    del
+    add image.qcow2
+    del
+else
+    refused 'no ublk device 77' list -- ublk-qcow2 quiesce -n 77
+    add image.qcow2
+    refused 'without --recovery' 'del -n' -- ublk-qcow2 quiesce -n "$id"
+    del
+    refused 'leave --delivery out' -- ublk-qcow2 add -f image.qcow2 --recovery queue --delivery batch
+fi
+
+# --- what requests see while there is no server ---
+modes=(queue reissue)
+[[ $VM_KERNEL == old ]] || modes+=(fail)
+for mode in "${modes[@]}"; do
+    add image.qcow2 --recovery "$mode"
+    within 30 dd if=data of="$dev" bs=64k oflag=direct conv=notrunc status=none
+    kill_server
+    [[ $VM_KERNEL == old ]] || refused "recover -n $id" -- ublk-qcow2 quiesce -n "$id"
+    dd if="$dev" of=got bs=64k count=16 iflag=direct status=none 2>dd.err &
+    reader=$!
+    sleep 1
+    if [[ $mode == fail ]]; then
+        ! wait $reader || fail "mode fail: a read without a server ended well"
+        recover
+    else
+        kill -0 $reader || fail "mode $mode: a read without a server ended: $(<dd.err)"
+        recover
+        wait $reader || fail "mode $mode: the read that had waited failed: $(<dd.err)"
+        cmp got data || fail "mode $mode: what was acknowledged is not there"
+    fi
+    within 30 dd if="$dev" of=got bs=64k count=16 iflag=direct status=none
+    cmp got data || fail "mode $mode: what was acknowledged is not there"
+    del
+    sound image.qcow2
+    say "mode $mode"
+done
+
+# --- another image in its place ---
+add image.qcow2 --recovery queue
+kill_server
+cp image.qcow2 other.qcow2
+mv image.qcow2 kept.qcow2
+mv other.qcow2 image.qcow2
+! within 60 ublk-qcow2 recover -n "$id" 2>err || fail "another image was served in its place"
+grep -q 'another' err || fail "another image: $(<err)"
+mv kept.qcow2 image.qcow2
+recover
+if [[ $VM_KERNEL == new ]]; then
+    within 60 ublk-qcow2 quiesce -n "$id" || fail "quiesce failed"
+    cp image.qcow2 other.qcow2
+    mv image.qcow2 kept.qcow2
+    mv other.qcow2 image.qcow2
+    ! within 60 ublk-qcow2 recover -n "$id" 2>err || fail "another image was served after quiesce"
+    grep -q 'another file has its name' err || fail "another image after quiesce: $(<err)"
+    mv kept.qcow2 image.qcow2
+    recover
+fi
+del
+sound image.qcow2
+[[ $VM_KERNEL == new ]] || { no_devices; exit; }
+
+# --- handed over with requests under way ---
+dm create beneath --table "0 $((400 * 2048)) linear /dev/ram1 0"
+trap 'status=$?; set +e; timeout 20 dmsetup --noudevsync resume beneath 2>/dev/null
+    (exit $status); on_exit' EXIT
+within 60 mkfs.xfs -q -f "$(dm_path beneath)"
+mkdir disk
+within 30 mount "$(dm_path beneath)" disk
+create disk/image.qcow2 64M
+for path in zero-copy user-copy; do
+    add disk/image.qcow2 --recovery reissue --data-path "$path"
+    pid=$(daemon_of "$id")
+    dm suspend --noflush --nolockfs beneath
+    dd if=data of="$dev" bs=1M oflag=direct conv=notrunc status=none 2>dd.err &
+    writer=$!
+    sleep 1
+    within 60 ublk-qcow2 quiesce -n "$id" 2>err &
+    quiesce=$!
+    sleep 1
+    kill -0 "$pid" || fail "$path: the server has ended before its requests"
+    dm resume beneath
+    wait $quiesce || fail "$path: quiesce with a write under way: $(<err)"
+    [[ ! -e /proc/$pid ]] || fail "$path: the server has not ended"
+    wait $writer || fail "$path: the write under way failed: $(<dd.err)"
+    recover
+    within 30 dd if="$dev" of=got bs=1M count=1 iflag=direct status=none
+    cmp got data || fail "$path: what was written is not there"
+
+    # Again and again, under writes at depth 32 that fio verifies.
+    fio --name=v --filename="$dev" --rw=randwrite --bs=4k --size=16M --io_size=1G \
+        --time_based --runtime=14 --ioengine=libaio --iodepth=32 --direct=1 --verify=crc32c \
+        --verify_fatal=1 --verify_backlog=1024 --output=fio.out >fio.err 2>&1 &
+    fio=$!
+    turns=0
+    while kill -0 $fio 2>/dev/null && ((turns < 10)); do
+        sleep "0.$((RANDOM % 8 + 1))"
+        within 60 ublk-qcow2 quiesce -n "$id" || fail "$path: quiesce $turns failed"
+        recover
+        turns=$((turns + 1))
+    done
+    wait $fio || fail "$path: fio: $(head -c 1500 fio.err) $(tail -c 1500 fio.out)"
+    ((turns >= 5)) || fail "$path: only $turns turns"
+    del
+    sound disk/image.qcow2
+    say "$path: $turns times handed over under load"
+done
+kernel_log >kernel.log
+! grep -E 'I/O error.*ublk' kernel.log || fail "an error was seen above the device"
+within 60 umount disk
+dm remove beneath
+no_devices
