@@ -117,11 +117,16 @@ if [[ ${deliveries[0]} == batch ]]; then
         rm image.qcow2
         say "$path, one request at a time: verified"
     done
-    # A depth above what is delivered at a time, and of a single tag.
-    for depth in 1 300; do
-        create image.qcow2 24M
-        case_of image.qcow2 --depth $depth
-        rm image.qcow2
-    done
+    # A depth above what is delivered at a time, and of a single tag, which is none for batches.
+    create image.qcow2 24M
+    case_of image.qcow2 --depth 300
+    refused 'leave --delivery out' -- ublk-qcow2 add -f image.qcow2 --depth 1 --delivery batch
+    add image.qcow2 --depth 1
+    listed target.delivery single
+    within 30 dd if=base.raw of="$dev" bs=1M count=4 oflag=direct conv=notrunc,fsync status=none
+    within 30 cmp -n $((4 << 20)) base.raw "$dev" || fail "a depth of 1"
+    del
+    clean image.qcow2
+    rm image.qcow2
 fi
 no_devices
