@@ -6,7 +6,8 @@
 # memory: 8G
 # Every data path and delivery that the kernel has, and with several queues: a file system, and writes of four
 # jobs at a time that fio verifies, on an image, an overlay and with caches that are much too small.
-# By hand: ALL=1 for all of fs.sh and fio-verify.sh on each of them with 1, 2 and 4 queues.
+# By hand: ALL=1 for all of fs.sh and fio-verify.sh on each of them with 1, 2 and 4 queues; with
+# DELIVERIES=batch for that alone.
 source "$(dirname "$0")/lib.sh"
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -31,7 +32,8 @@ listed() {
 
 if [[ -n ${ALL:-} ]]; then
     ways=()
-    for delivery in "${deliveries[@]}"; do
+    # shellcheck disable=SC2086 # these are words
+    for delivery in ${DELIVERIES:-${deliveries[@]}}; do
         ways+=("${paths[@]/%/ --delivery $delivery}")
     done
     for way in "${ways[@]}"; do
