@@ -27,6 +27,7 @@ use crate::meter::{self, Latency};
 use crate::open::{self, Mode};
 use crate::payload::DataPath;
 use crate::queue::{self, Setup};
+use crate::state::State;
 
 /// The largest request, as of a device.
 const MAX_REQUEST: u32 = 512 << 10;
@@ -119,7 +120,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     let wanted = wanted(args);
     if !args.rw.is_read() {
-        open::look(&wanted)?;
+        let identity = open::look(&wanted)?;
+        State::waiting_for(identity).map_or(Ok(()), |state| state.refuse())?;
         open::mend(&wanted, &mut |_| Ok(()))?;
     }
     let opened = open::open(&wanted)?;
@@ -213,14 +215,17 @@ fn play(setup: &Setup, queues: u16) -> Result<MainEnd> {
             }
         }
     }
+    // Where one fails the others may wait for it for ever; they end with the process.
+    let mut running = threads.len();
+    while running > 0 {
+        match main.wait_event(Duration::from_secs(1)) {
+            Some(Event::Ended(Ok(()))) => running -= 1,
+            Some(Event::Failed(text) | Event::Ended(Err(text))) => bail!(text),
+            Some(Event::Opened | Event::Ready | Event::Leaving) | None => {}
+        }
+    }
     for thread in threads {
         thread.join().map_err(|_| anyhow!("a queue's thread has panicked"))?;
-    }
-    while let Some(event) = main.event() {
-        match event {
-            Event::Opened | Event::Ready | Event::Leaving | Event::Ended(Ok(())) => {}
-            Event::Failed(text) | Event::Ended(Err(text)) => bail!(text),
-        }
     }
     Ok(main)
 }

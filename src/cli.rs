@@ -194,7 +194,8 @@ pub struct AddArgs {
     pub data_path: Option<DataPath>,
 
     /// How the driver hands requests over; if left out, many at a time where it can (Linux 7.0).
-    /// With --recovery one at a time: it lets some fail otherwise that wait for the next server.
+    /// One at a time with --unprivileged, a depth of 1, and --recovery (where batches let requests
+    /// fail that wait for the next server).
     #[arg(long, value_name = "HOW", value_enum)]
     #[serde(default)]
     pub delivery: Option<Delivery>,
@@ -255,9 +256,9 @@ pub struct AddArgs {
     #[arg(long)]
     pub trust_content: bool,
 
-    /// Let the kernel look for partitions on the disk. (Before Linux 7.0 it always does.) Without
-    /// it, `partx -a /dev/ublkbN` brings them when they are wanted.
-    #[arg(long)]
+    /// Let the kernel look for partitions on the disk. (Before Linux 7.0 it always does; on devices
+    /// of users it never does.) Without it, `partx -a /dev/ublkbN` brings them when wanted.
+    #[arg(long, conflicts_with = "unprivileged")]
     #[serde(default)]
     pub partscan: bool,
 

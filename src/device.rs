@@ -210,7 +210,7 @@ impl Device {
                 // Before 6.15, where a server has got this far and died before its queues had asked
                 // for requests: the driver waits for those. (Where a part of them was there, they
                 // are refused.)
-                Err(error) if error.errno == libc::EINVAL && self.is_quiesced(control) => {
+                Err(error) if error.errno == libc::EINVAL && self.waits(control) => {
                     return Ok(());
                 }
                 result => return Ok(result?),
@@ -218,8 +218,10 @@ impl Device {
         }
     }
 
-    fn is_quiesced(&self, control: &mut Control) -> bool {
-        control.info(self.id()).is_ok_and(|info| info.state == ublk::STATE_QUIESCED)
+    /// Does it wait for a server?
+    fn waits(&self, control: &mut Control) -> bool {
+        let waiting = [ublk::STATE_QUIESCED, ublk::STATE_FAIL_IO];
+        control.info(self.id()).is_ok_and(|info| waiting.contains(&info.state))
     }
 
     /// The device goes on. Every tag has to be fetched.

@@ -8,7 +8,7 @@
 //!              │  └ notify       │      └ recover, └ direct, backing, snapshots, bitmaps
 //!              ├ resume (recover,├ device ─ control ─ courier  ublk's control commands
 //!              │   quiesce)      ├ state, journal, fence       what outlives the server
-//!              ├ resize ─────────┤                             a larger disk, while it is used
+//!              ├ resize ─ orders ┤                             a larger disk, while it is used
 //!              ├ del, list       ├ isolate, log                own mounts, locked memory
 //!              ├ stats           ├ figures                     what `list` and `stats` show
 //!              │  └ prometheus   └ link ─ queue                a thread for each queue: all I/O
@@ -59,6 +59,7 @@ mod log;
 mod meter;
 mod notify;
 mod open;
+mod orders;
 mod payload;
 mod pool;
 mod prepare;

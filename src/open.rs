@@ -183,7 +183,7 @@ fn read_header(file: &Source, len: u64, read_only: bool, purpose: Purpose) -> Re
 pub fn mend(wanted: &Wanted, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<Option<String>> {
     let (file, header) = open_to_mend(wanted)?;
     if header.is_dirty() {
-        return rebuild(&file, &header, &wanted.path, tell).map(Some);
+        return rebuild(&file, &header, &wanted.path, Some(recover::MOST), tell).map(Some);
     }
     if header.is_foreign() {
         // What these keep in the file would be taken for leaked.
@@ -204,7 +204,8 @@ pub fn mend_unfinished(
 ) -> Result<()> {
     let (file, header) = open_to_mend(wanted)?;
     if header.is_dirty() && Journal::open(id, &file).is_ok_and(|(_, records)| records.is_empty()) {
-        rebuild(&file, &header, &wanted.path, tell)?;
+        // The mark is ours, and nobody else may mend it now: whatever it takes.
+        rebuild(&file, &header, &wanted.path, None, tell)?;
     }
     Ok(())
 }
@@ -213,6 +214,7 @@ fn rebuild(
     file: &Source,
     header: &Header,
     path: &Path,
+    most: Option<u64>,
     tell: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<String> {
     if header.is_foreign() {
@@ -222,7 +224,7 @@ fn rebuild(
              or serve it with --read-only"
         );
     }
-    recover::rebuild(&file.file, path, tell)
+    recover::rebuild(&file.file, path, most, tell)
 }
 
 /// The image, locked, and its header, which may be marked dirty. (What there is to note is noted

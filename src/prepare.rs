@@ -11,6 +11,7 @@ use crate::control::Control;
 use crate::daemon::Reporter;
 use crate::device::{self, Device};
 use crate::fence::Fence;
+use crate::files::Source;
 use crate::front::Delivery;
 use crate::journal;
 use crate::open::{self, Mode, Opened};
@@ -62,7 +63,8 @@ pub fn prepare(
 /// Another image in the place of the one that the device had would be a disk whose content changes
 /// beneath what is mounted on it.
 fn refuse_another(opened: &Opened, before: &State) -> Result<()> {
-    let same = opened.files.image.identity()? == before.identity;
+    let data = opened.files.data.as_ref().map(Source::identity).transpose()?;
+    let same = opened.files.image.identity()? == before.identity && data == before.data_identity;
     // It may have grown: the driver was not told any more.
     if same && opened.engine.virtual_size() >= before.virtual_size {
         return Ok(());
@@ -71,7 +73,7 @@ fn refuse_another(opened: &Opened, before: &State) -> Result<()> {
         "it is not the image that device {0} has served: {1}; put that back in its place, or give \
          the device up with `ublk-qcow2 del -n {0} --force`",
         before.id,
-        if same { "the disk is smaller" } else { "another file has its name" }
+        if same { "the disk is smaller" } else { "another file has its name, or its data file's" }
     )
 }
 
@@ -167,6 +169,7 @@ pub fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<Stat
         close_error: None,
         failed: None,
         identity: opened.files.image.identity()?,
+        data_identity: opened.files.data.as_ref().map(Source::identity).transpose()?,
         recipe,
         handed_over: false,
     })

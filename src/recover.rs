@@ -51,17 +51,19 @@ fn refuse_unsound(report: &Report, path: &Path) -> Result<()> {
 
 /// The most memory that rebuilding refcounts may take when nobody has asked for it. Enough for a
 /// file of 1.6 TiB in clusters of 64 KiB; a hostile one may be as long as it likes, and empty.
-const MOST: u64 = 512 << 20;
+pub const MOST: u64 = 512 << 20;
 
-/// Rebuilds the refcounts of an image that is marked dirty. `tell` hears how far that is.
+/// Rebuilds the refcounts of an image that is marked dirty, if that takes at most so much memory.
+/// `tell` hears how far that is.
 pub fn rebuild(
     file: &File,
     path: &Path,
+    most: Option<u64>,
     tell: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<String> {
     let mut image = open_again(file, true)?;
     let takes = memory_for(&image).map_err(|error| image.explain(error.into()))?;
-    if takes > MOST {
+    if most.is_some_and(|most| takes > most) {
         bail!(
             "it is marked dirty, and rebuilding its refcounts takes {} MiB of memory; 'ublk-qcow2 \
              check -f {} --repair all' does it, and --read-only serves it as it is",

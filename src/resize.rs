@@ -1,6 +1,6 @@
 //! `resize`: a larger disk for a device that is in use.
 //!
-//! The command sends an order to the server (`N.orders`, a line of JSON each way), which does it.
+//! The command sends an order to the server (`orders.rs`), which does it.
 //! The engine knows one size for all its life, and the code that grows an image ([`qcow2::resize`])
 //! wants it for itself. So requests are held back for a moment, outside the engine; it closes the
 //! image as at its end; the image is grown; another engine takes over, on the same open files; and
@@ -11,8 +11,7 @@
 //! While the image is grown the main thread does nothing else: `list` and signals wait.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -20,7 +19,6 @@ use qcow2::check::repair::{RepairIo, WriteError};
 use qcow2::check::{ReadAt, ReadError};
 use qcow2::resize::ResizeError;
 use qcow2::{FailureKind, Health};
-use serde::{Deserialize, Serialize};
 
 use crate::cli::ResizeArgs;
 use crate::control::Control;
@@ -28,32 +26,13 @@ use crate::core::{Core, Locked};
 use crate::files::{Files, Source};
 use crate::link::MainEnd;
 use crate::open;
+use crate::orders::{self, Order};
 use crate::resume;
-use crate::state::{self, State};
+use crate::state::State;
 use crate::ublk;
 
 /// How long requests under way may take to end; else nothing has happened.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
-
-/// How long the command waits for the server: the above, and counting the references of the image
-/// where a table has to move.
-const LIMIT: Duration = Duration::from_secs(300);
-
-/// How long the server waits for an order of somebody who has connected.
-const ORDER_LIMIT: Duration = Duration::from_secs(2);
-
-/// What a server is to do.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Order {
-    /// The new size of the disk in bytes.
-    pub resize: u64,
-}
-
-/// What came of it: nothing, or why not.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Outcome {
-    error: Option<String>,
-}
 
 /// Runs `resize`.
 pub fn run(args: &ResizeArgs) -> Result<()> {
@@ -76,51 +55,7 @@ pub fn run(args: &ResizeArgs) -> Result<()> {
             state.block_size
         );
     }
-    let outcome = send(id, &Order { resize: args.size })
-        .with_context(|| format!("device {id}: its server (process {})", state.pid))?;
-    match outcome.error {
-        Some(error) => bail!("device {id}, image {}: {error}", state.image_path),
-        None => Ok(()),
-    }
-}
-
-fn send(id: u32, order: &Order) -> Result<Outcome> {
-    let mut stream =
-        UnixStream::connect(state::path(id, "orders")).context("does not take orders")?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    writeln!(stream, "{}", serde_json::to_string(order)?).context("does not take orders")?;
-    let mut line = String::new();
-    let read = BufReader::new(stream).read_line(&mut line);
-    match read.map_err(|error| error.kind()) {
-        Ok(1..) => serde_json::from_str(&line).context("gave no answer that can be read"),
-        Ok(0) => bail!("ended before it was done"),
-        Err(io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => bail!(
-            "has not answered within {} s and goes on; `ublk-qcow2 list -n {id}` tells the size",
-            LIMIT.as_secs()
-        ),
-        Err(_) => bail!("ended before it was done"),
-    }
-}
-
-/// Takes one order from each who has connected, and answers with what came of it.
-pub fn answer(listener: &UnixListener, mut obey: impl FnMut(Order) -> Result<()>) {
-    while let Ok((stream, _)) = listener.accept() {
-        // Somebody who says nothing, or is gone, is their own concern.
-        let Some(order) = receive(&stream) else { continue };
-        let error = obey(order).err().map(|error| format!("{error:#}"));
-        let text = serde_json::to_string(&Outcome { error }).unwrap_or_default();
-        let _ = writeln!(&stream, "{text}");
-    }
-}
-
-fn receive(stream: &UnixStream) -> Option<Order> {
-    stream.set_nonblocking(false).ok()?;
-    stream.set_read_timeout(Some(ORDER_LIMIT)).ok()?;
-    stream.set_write_timeout(Some(ORDER_LIMIT)).ok()?;
-    let mut line = String::new();
-    // As long as any order, and no longer.
-    BufReader::new(io::Read::take(stream, 4096)).read_line(&mut line).ok()?;
-    serde_json::from_str(&line).ok()
+    orders::give(&state, &Order::Resize(args.size))
 }
 
 /// What has become of the image.

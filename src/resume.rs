@@ -8,6 +8,7 @@ use nix::unistd::Pid;
 use crate::cli::{AddArgs, QuiesceArgs, RecoverArgs};
 use crate::control::Control;
 use crate::daemon::Reporter;
+use crate::orders::{self, Order};
 use crate::server::{self, What};
 use crate::state::State;
 use crate::sys::PidFd;
@@ -16,11 +17,9 @@ use crate::ublk::{self, DevInfo};
 /// How long the driver may take to notice that a server has died, and a dying one to be gone.
 const GONE_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long requests may take to end before a device is quiesced.
-const QUIESCE_LIMIT: Duration = Duration::from_secs(30);
-
-/// How long the server may then take to close the image.
-const CLOSE_LIMIT: Duration = Duration::from_secs(60);
+/// How long a server may take to hand its device over: requests under way have to end, and then the
+/// image has to be closed.
+const CLOSE_LIMIT: Duration = Duration::from_secs(90);
 
 /// Runs `recover`.
 pub fn recover(args: &RecoverArgs) -> Result<()> {
@@ -49,15 +48,10 @@ pub fn quiesce(args: &QuiesceArgs) -> Result<()> {
     let (info, state, _) = find(&mut control, id)?;
     refuse_unserved(&info)?;
     let server = pid_of(&state).and_then(|pid| PidFd::open(pid).ok());
-    control.quiesce(id, QUIESCE_LIMIT).map_err(|error| match error.errno {
-        libc::EBUSY => anyhow!(
-            "device {id}: requests did not end within {} s, and new ones wait; give `ublk-qcow2 \
-             quiesce -n {id}` again when the storage of the image answers",
-            QUIESCE_LIMIT.as_secs()
-        ),
-        _ => anyhow!(error).context(format!("device {id}")),
+    let server = server.with_context(|| {
+        format!("device {id} has lost its server; `ublk-qcow2 recover -n {id}` serves it again")
     })?;
-    let Some(server) = server else { return Ok(()) };
+    orders::give(&state, &Order::HandOver)?;
     if !server.ended_within(CLOSE_LIMIT).context("poll")? {
         bail!(
             "the server of device {id} (process {}) has not handed it over within {} s; \

@@ -29,6 +29,7 @@ use crate::journal::Journal;
 use crate::link::{self, Event, MainEnd};
 use crate::log;
 use crate::open::Opened;
+use crate::orders::{self, Order};
 use crate::prepare;
 use crate::queue;
 use crate::resize::{self, Grown};
@@ -310,10 +311,19 @@ impl Server {
         }
     }
 
+    /// Leaves the device to another server from now on.
+    fn hand_over(&mut self) -> Result<()> {
+        if self.device.info.flags & ublk::F_QUIESCE == 0 {
+            bail!("it ends with its server, or the driver had no QUIESCE_DEV when it was added");
+        }
+        self.leaving = true;
+        Ok(())
+    }
+
     /// While the device is taken from us: QUIESCE_DEV aborts the commands of tags that have no
-    /// request at that moment, and leaves those alone whose request is with us, which then go on to
-    /// wait for ever. It has to be sent again when that was replied to. By us: as long as this
-    /// process lives no successor can be hit by it.
+    /// request at that moment, and leaves those alone whose request is with us, be it all of them,
+    /// which then go on to wait for ever. So it is sent again until the queues have ended. By us:
+    /// as long as this process lives no successor can be hit by it.
     fn be_taken(&mut self) {
         if self.state.recipe.is_some() {
             // What is still under way ends soon, or this is tried again.
@@ -324,15 +334,18 @@ impl Server {
     /// Takes orders, and answers. An error ends serving the image.
     fn obey(&mut self, orders: &UnixListener) -> Result<()> {
         let mut fatal = None;
-        resize::answer(orders, |order| {
-            let grown = self.resize(order.resize).unwrap_or_else(|error| {
-                fatal = Some(anyhow!("{error:#}"));
-                Err(error)
-            });
-            if let Err(error) = &grown {
-                tracing::warn!("growing the disk to {} bytes: {error:#}", order.resize);
+        orders::answer(orders, |order| {
+            let done = match order {
+                Order::HandOver => self.hand_over(),
+                Order::Resize(size) => self.resize(size).unwrap_or_else(|error| {
+                    fatal = Some(anyhow!("{error:#}"));
+                    Err(error)
+                }),
+            };
+            if let Err(error) = &done {
+                tracing::warn!("{order:?}: {error:#}");
             }
-            grown
+            done
         });
         fatal.map_or(Ok(()), Err)
     }

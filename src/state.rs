@@ -78,6 +78,9 @@ pub struct State {
     /// Which file the image is, whatever its name.
     #[serde(default)]
     pub identity: (u64, u64),
+    /// And its external data file.
+    #[serde(default)]
+    pub data_identity: Option<(u64, u64)>,
     /// How to serve it again, for a device that outlives its server.
     pub recipe: Option<AddArgs>,
     /// The server has closed the image and ended, and the device waits for another.

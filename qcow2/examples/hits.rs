@@ -92,11 +92,7 @@ fn step(engine: &mut Engine, file: &File) -> Result<(), Box<dyn Error>> {
 
 fn request(block: u64, write: bool) -> Request {
     let (offset, len) = (block * u64::from(BLOCK), BLOCK);
-    if write {
-        Request::Write { offset, len, fua: false }
-    } else {
-        Request::Read { offset, len }
-    }
+    if write { Request::Write { offset, len, fua: false } } else { Request::Read { offset, len } }
 }
 
 #[inline(never)]

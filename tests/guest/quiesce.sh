@@ -71,7 +71,7 @@ cp image.qcow2 other.qcow2
 mv image.qcow2 kept.qcow2
 mv other.qcow2 image.qcow2
 ! within 60 ublk-qcow2 recover -n "$id" 2>err || fail "another image was served in its place"
-grep -q 'another' err || fail "another image: $(<err)"
+grep -q 'belongs to another image' err || fail "another image: $(<err)"
 mv kept.qcow2 image.qcow2
 recover
 if [[ $VM_KERNEL == new ]]; then
@@ -115,7 +115,30 @@ for path in zero-copy user-copy; do
     within 30 dd if="$dev" of=got bs=1M count=1 iflag=direct status=none
     cmp got data || fail "$path: what was written is not there"
 
-    # Again and again, under writes at depth 32 that fio verifies.
+    del
+
+    # All tags are busy: there is nothing for the driver to abort.
+    add disk/image.qcow2 --recovery reissue --data-path "$path" --depth 2
+    pid=$(daemon_of "$id")
+    dm suspend --noflush --nolockfs beneath
+    fio --name=v --filename="$dev" --rw=randwrite --bs=4k --size=1M --ioengine=libaio \
+        --iodepth=16 --direct=1 --verify=crc32c --verify_fatal=1 --output=fio.out \
+        >fio.err 2>&1 &
+    writer=$!
+    until_true 10 eval "[[ \$(ublk-qcow2 stats -n $id --json |
+        jq '.queues[0].requests_under_way') == 2 ]]"
+    within 60 ublk-qcow2 quiesce -n "$id" 2>err &
+    quiesce=$!
+    sleep 1
+    dm resume beneath
+    wait $quiesce || fail "$path: quiesce with all tags busy: $(<err)"
+    [[ ! -e /proc/$pid ]] || fail "$path: the server has not ended"
+    recover
+    wait $writer || fail "$path: fio with all tags busy: $(head -c 1500 fio.err)"
+    del
+
+    # Again and again, under writes at the device's whole depth that fio verifies.
+    add disk/image.qcow2 --recovery reissue --data-path "$path" --depth 32
     fio --name=v --filename="$dev" --rw=randwrite --bs=4k --size=16M --io_size=1G \
         --time_based --runtime=14 --ioengine=libaio --iodepth=32 --direct=1 --verify=crc32c \
         --verify_fatal=1 --verify_backlog=1024 --output=fio.out >fio.err 2>&1 &
