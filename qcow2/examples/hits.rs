@@ -101,7 +101,7 @@ fn measured(engine: &mut Engine, requests: u64, blocks: u64, write: bool) {
     let mut next = || {
         // Multiplying by an odd number goes through all of 2^64; the upper half is random enough.
         state = state.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
-        (state >> 32) * blocks >> 32
+        ((state >> 32) * blocks) >> 32
     };
     for tag in 0..DEPTH {
         engine.submit(0, tag, request(next(), write));
