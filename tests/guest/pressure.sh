@@ -103,6 +103,9 @@ watch() {
 swapped_out() { sed -n 's/^pswpout //p' /proc/vmstat; }
 oom_kills() { sed -n 's/^oom_kill //p' /proc/vmstat; }
 
+# Where all hangs nobody can look any more: the stacks of tasks that hang go to the console.
+dmesg -n 8
+
 create a.qcow2 2G
 create b.qcow2 1G
 add a.qcow2
