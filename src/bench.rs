@@ -18,19 +18,17 @@ use serde_json::json;
 use crate::cli::{self, Output};
 use crate::core::Core;
 use crate::decode::Limits;
+use crate::device::MAX_REQUEST;
 use crate::driver::Common;
 use crate::front::Requests;
 use crate::generator::{Kind, Outcome, Plan};
 use crate::link::{self, Event, MainEnd, QueueEnd};
 use crate::lock;
 use crate::meter::{self, Latency};
-use crate::open::{self, Mode};
+use crate::open::{self, Mode, Opened};
 use crate::payload::DataPath;
 use crate::queue::{self, Setup};
 use crate::state::State;
-
-/// The largest request, as of a device.
-const MAX_REQUEST: u32 = 512 << 10;
 
 /// How long the image's first fdatasync may take.
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -120,8 +118,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     let wanted = wanted(args);
     if !args.rw.is_read() {
-        let identity = open::look(&wanted)?;
-        State::waiting_for(identity).map_or(Ok(()), |state| state.refuse())?;
+        State::refuse_waiting(open::look(&wanted)?)?;
         open::mend(&wanted, &mut |_| Ok(()))?;
     }
     let opened = open::open(&wanted)?;
@@ -144,17 +141,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         start: Arc::new(Barrier::new(args.queues.into())),
         outcome: Arc::clone(&outcome),
     };
-    let copies = opened.engine.copy_buffers();
-    let files = opened.files.clone();
-    let setup = Setup {
-        core: Arc::new(Core::new(opened.engine, None, args.queues)),
-        common: Common::new(files, copies).context("buffers and worker threads")?,
-        requests: Requests::Made(plan),
-        path: DataPath::Copy,
-        depth: args.depth,
-        limits: Limits { max_request: bytes, size: disk, block: 512 },
-        fence: None,
-    };
+    let setup = setup(opened, plan, args.depth)?;
     let core = Arc::clone(&setup.core);
     let main = play(&setup, args.queues)?;
     let cpu = cpu_seconds()?;
@@ -171,28 +158,35 @@ fn request_bytes(args: &BenchArgs) -> Result<u32> {
 }
 
 fn wanted(args: &BenchArgs) -> open::Wanted {
-    let mode = match (args.direct, args.buffered) {
-        (true, _) => Mode::Direct,
-        (_, true) => Mode::Buffered,
-        _ => Mode::Auto,
+    let options = Options {
+        read_only: args.rw.is_read(),
+        queues: args.queues,
+        depth: args.depth,
+        l2_cache: args.l2_cache,
+        ..Options::default()
     };
     open::Wanted {
-        path: args.file.clone(),
-        mode,
-        block: 512,
+        mode: Mode::of(args.direct, args.buffered),
         data_file: args.data_file.clone(),
         allow_backing: args.allow_backing.clone(),
-        snapshot: None,
         lock: args.lock,
-        options: Options {
-            read_only: args.rw.is_read(),
-            queues: args.queues,
-            depth: args.depth,
-            l2_cache: args.l2_cache,
-            ..Options::default()
-        },
-        resume: None,
+        ..open::Wanted::new(&args.file, options)
     }
+}
+
+/// Queues for the requests of a plan.
+pub fn setup(opened: Opened, plan: Plan, depth: u16) -> Result<Setup> {
+    let copies = opened.engine.copy_buffers();
+    let size = opened.engine.virtual_size();
+    Ok(Setup {
+        limits: Limits { max_request: plan.bytes, size, block: 512 },
+        core: Arc::new(Core::new(opened.engine, None, plan.queues)),
+        common: Common::new(opened.files, copies).context("buffers and worker threads")?,
+        requests: Requests::Made(plan),
+        path: DataPath::Copy,
+        depth,
+        fence: None,
+    })
 }
 
 /// Starts the queues' threads, and waits until all have ended.

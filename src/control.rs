@@ -64,27 +64,17 @@ pub struct Control {
 impl Control {
     /// Opens the control device, or says what is missing. Before there is a second thread.
     pub fn open() -> Result<Self> {
-        Self::with_couriers(1)
-    }
-
-    /// The same for a server, which has threads when it has to stop its device.
-    pub fn for_server() -> Result<Self> {
-        Self::with_couriers(2)
-    }
-
-    fn with_couriers(count: usize) -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(PATH).map_err(explain)?;
         let (courier, spare) = (None, None);
         let mut control = Self { file, courier, spare, unprivileged: BTreeSet::new() };
-        control.start_couriers(count, &sys::own_status()?)?;
+        control.start_couriers(1, &sys::own_status()?)?;
         Ok(control)
     }
 
-    /// Other couriers, for what this process has become. As long as it has one thread, by its
-    /// status.
-    pub fn renew(&mut self, status: &File) -> Result<()> {
-        let count = usize::from(self.courier.is_some()) + usize::from(self.spare.is_some());
-        self.start_couriers(count, status)
+    /// Another courier, for what this process has become, and a spare one: a server has threads
+    /// when it has to stop its device. As long as it has one, by its status.
+    pub fn for_server(&mut self, status: &File) -> Result<()> {
+        self.start_couriers(2, status)
     }
 
     fn start_couriers(&mut self, count: usize, status: &File) -> Result<()> {

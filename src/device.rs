@@ -16,7 +16,7 @@ use crate::payload::DataPath;
 use crate::ublk::{self, DevInfo, ParamBasic, ParamDiscard, Params};
 
 /// Bytes of the largest request. A buffer of this size exists for each tag.
-const MAX_REQUEST: u32 = 512 << 10;
+pub const MAX_REQUEST: u32 = 512 << 10;
 
 /// How long udev or devtmpfs may take to make a device node.
 const NODE_LIMIT: Duration = Duration::from_secs(10);

@@ -22,6 +22,17 @@ pub enum Mode {
     Buffered,
 }
 
+impl Mode {
+    /// That of the options `--direct` and `--buffered`, of which one at most is given.
+    pub fn of(direct: bool, buffered: bool) -> Self {
+        match (direct, buffered) {
+            (true, _) => Self::Direct,
+            (_, true) => Self::Buffered,
+            _ => Self::Auto,
+        }
+    }
+}
+
 /// Decides between direct and buffered I/O for a device with logical blocks of `block` bytes, and
 /// switches the open file. Buffered comes with a note for the user.
 pub fn choose(source: &mut Source, mode: Mode, block: u32) -> Result<Option<String>> {

@@ -387,10 +387,10 @@ impl Ublk {
         let Kind::Batch(batch) = &mut self.kind else { panic!("a front for batches") };
         let slot = batch.free.pop().expect("the caller has looked");
         let count = u16::try_from(batch.waiting.len()).expect("at most a reply for each tag");
-        let (piece, has_address) = batch.fill(slot, usize::from(self.depth), payload);
+        let piece = batch.fill(slot, usize::from(self.depth), payload);
         let cmd = BatchCmd {
             queue: self.number,
-            flags: if has_address { ublk::BATCH_HAS_ADDRESS } else { 0 },
+            flags: if payload.has_addresses() { ublk::BATCH_HAS_ADDRESS } else { 0 },
             elements: count,
             element_bytes: u8::try_from(batch.element_bytes).expect("8 or 16"),
             ..BatchCmd::default()
@@ -425,23 +425,22 @@ impl Batch {
         !self.open && self.waiting.is_empty() && self.free.len() == SLOTS
     }
 
-    /// Moves what waits into a slot: where that is, and whether addresses are in it.
-    fn fill(&mut self, slot: usize, depth: usize, payload: &Payload) -> (Piece, bool) {
+    /// Moves what waits into a slot: where that is.
+    fn fill(&mut self, slot: usize, depth: usize, payload: &Payload) -> Piece {
         let bytes = self.element_bytes as usize;
         let start = slot * depth * bytes;
-        let has_address = payload.has_addresses();
         let mut at = start;
         for (tag, result) in self.waiting.drain(..) {
             let (address, _) = payload.to_fetch(tag);
             let element = Element { tag, register: tag, result };
             self.elements.copy_in(at, bytes_of(&element));
-            if has_address {
+            if payload.has_addresses() {
                 self.elements.copy_in(at + size_of::<Element>(), bytes_of(&address));
             }
             at += bytes;
         }
         let len = u32::try_from(at - start).expect("at most 4096 elements of 16 bytes");
-        (self.elements.piece(start, len), has_address)
+        self.elements.piece(start, len)
     }
 }
 

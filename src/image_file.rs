@@ -32,7 +32,7 @@ impl ImageFile {
     /// An error if a device that has lost its server waits for another with this image: what its
     /// users wrote is not all there, and what looks leaked may be theirs.
     pub fn refuse_waiting(&self) -> Result<()> {
-        State::waiting_for(self.kind.identity(&self.file)?).map_or(Ok(()), |state| state.refuse())
+        State::refuse_waiting(self.kind.identity(&self.file)?)
     }
 
     /// The same of a file that is open.

@@ -41,6 +41,23 @@ pub struct Wanted {
     pub resume: Option<u32>,
 }
 
+impl Wanted {
+    /// An image by itself, in the usual way.
+    pub fn new(path: &Path, options: Options) -> Self {
+        Self {
+            path: path.to_path_buf(),
+            mode: Mode::Auto,
+            block: 512,
+            data_file: None,
+            allow_backing: Vec::new(),
+            snapshot: None,
+            lock: lock::Policy::On,
+            options,
+            resume: None,
+        }
+    }
+}
+
 /// An image that is ready to be served.
 pub struct Opened {
     pub files: Files,
@@ -286,17 +303,7 @@ mod tests {
     use std::fs::{self, File};
 
     fn wanted(path: &Path, read_only: bool) -> Wanted {
-        Wanted {
-            path: path.to_path_buf(),
-            mode: Mode::Auto,
-            block: 512,
-            data_file: None,
-            allow_backing: Vec::new(),
-            snapshot: None,
-            lock: lock::Policy::On,
-            resume: None,
-            options: Options { read_only, ..Options::default() },
-        }
+        Wanted::new(path, Options { read_only, ..Options::default() })
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub fn prepare(
 ) -> Result<(Control, Opened, Option<Arc<Fence>>)> {
     let mut wanted = wanted(args);
     if let What::Old { info, state } = what {
-        let mut control = Control::for_server()?;
+        let mut control = Control::open()?;
         reporter.stage("waiting for the last server's operations to end")?;
         let fence = Fence::take(info.dev_id)?;
         // Another may have served it since we looked.
@@ -47,12 +47,10 @@ pub fn prepare(
     reporter.stage("opening the image")?;
     if args.read_only {
         let opened = open::open(&wanted)?;
-        return Ok((Control::for_server()?, opened, None));
+        return Ok((Control::open()?, opened, None));
     }
-    let identity = open::look(&wanted)?;
-    // What the users of such a device wrote has to come before anything else that is written.
-    State::waiting_for(identity).map_or(Ok(()), |state| state.refuse())?;
-    let control = Control::for_server()?;
+    State::refuse_waiting(open::look(&wanted)?)?;
+    let control = Control::open()?;
     // It can be served, and there is somebody to serve it: only now is anything written.
     let mended = open::mend(&wanted, &mut |stage| reporter.stage(stage))?;
     let mut opened = open::open(&wanted)?;
@@ -78,11 +76,6 @@ fn refuse_another(opened: &Opened, before: &State) -> Result<()> {
 }
 
 fn wanted(args: &AddArgs) -> open::Wanted {
-    let mode = match (args.direct, args.buffered) {
-        (true, _) => Mode::Direct,
-        (_, true) => Mode::Buffered,
-        _ => Mode::Auto,
-    };
     let options = Options {
         read_only: args.read_only,
         queues: args.queues,
@@ -99,15 +92,13 @@ fn wanted(args: &AddArgs) -> open::Wanted {
         ..Options::default()
     };
     open::Wanted {
-        path: args.file.clone(),
-        mode,
+        mode: Mode::of(args.direct, args.buffered),
         block: args.block_size,
         data_file: args.data_file.clone(),
         allow_backing: args.allow_backing.clone(),
         snapshot: args.snapshot.clone(),
         lock: args.lock,
-        options,
-        resume: None,
+        ..open::Wanted::new(&args.file, options)
     }
 }
 

@@ -107,14 +107,12 @@ pub fn serve(args: &AddArgs, what: What, reporter: &mut Reporter) -> Result<()> 
     let status = sys::own_status().context("/proc/self/status")?;
     let alone = match args.unprivileged {
         true => Ok(()),
-        // Couriers that were started before would keep the mounts.
-        false => isolate::leave_mounts().and_then(|()| server.control.renew(&status)),
+        false => isolate::leave_mounts().context("making a mount namespace of its own"),
     };
+    // A courier that was started before would keep the mounts.
+    let alone = alone.and_then(|()| server.control.for_server(&status));
     drop(status);
-    let result = alone
-        .context("making a mount namespace of its own")
-        .and_then(|()| log::start())
-        .and_then(|()| server.run(opened, reporter));
+    let result = alone.and_then(|()| log::start()).and_then(|()| server.run(opened, reporter));
     server.leave(&result);
     result
 }

@@ -125,8 +125,19 @@ impl State {
         serde_json::from_slice(&bytes).ok().filter(|state: &Self| state.id == id)
     }
 
-    /// The device without a server that waits for one with this image, if there is one.
-    pub fn waiting_for(identity: (u64, u64)) -> Option<Self> {
+    /// An error if a device without a server waits for one with this image: what its users wrote
+    /// comes before anything else that is written.
+    pub fn refuse_waiting(identity: (u64, u64)) -> Result<()> {
+        let Some(state) = Self::waiting_for(identity) else { return Ok(()) };
+        bail!(
+            "device {0} has lost its server and waits for another with this image; \
+             `ublk-qcow2 recover -n {0}` serves it, `ublk-qcow2 del -n {0} --force` gives up what \
+             was not flushed",
+            state.id
+        )
+    }
+
+    fn waiting_for(identity: (u64, u64)) -> Option<Self> {
         let names = fs::read_dir(folder()).ok()?.flatten().map(|entry| entry.file_name());
         let id = |name: OsString| name.to_str()?.strip_suffix(".json")?.parse().ok();
         let mut states = names.filter_map(id).filter_map(Self::load);
@@ -135,16 +146,6 @@ impl State {
             let waits = state.recipe.is_some() && !state.read_only && there;
             waits && state.identity == identity && !state.has_server()
         })
-    }
-
-    /// That something else is wanted of the image that a device waits for.
-    pub fn refuse(&self) -> Result<()> {
-        bail!(
-            "device {0} has lost its server and waits for another with this image; \
-             `ublk-qcow2 recover -n {0}` serves it, `ublk-qcow2 del -n {0} --force` gives up what \
-             was not flushed",
-            self.id
-        )
     }
 
     /// What is recorded for this very device, and not for an earlier one of its number.

@@ -9,11 +9,12 @@ use std::sync::{Barrier, Mutex};
 use qcow2::Options;
 use tempfile::TempDir;
 
+use crate::bench;
 use crate::generator::{Kind, Outcome, Plan};
 use crate::link;
 use crate::lock::Policy;
 use crate::meter;
-use crate::open::{self, Mode, Wanted};
+use crate::open::{self, Wanted};
 
 fn qemu_img(folder: &Path, arguments: &[&str]) {
     let status = Command::new("qemu-img").args(arguments).current_dir(folder).status().unwrap();
@@ -22,17 +23,7 @@ fn qemu_img(folder: &Path, arguments: &[&str]) {
 
 /// A queue in front of this image, and what comes of its requests.
 fn queue(path: &Path, kind: Kind, count: u64, options: Options) -> (Queue, Arc<Mutex<Outcome>>) {
-    let wanted = Wanted {
-        path: path.to_path_buf(),
-        mode: Mode::Auto,
-        block: 512,
-        data_file: None,
-        allow_backing: Vec::new(),
-        snapshot: None,
-        lock: Policy::Off,
-        options,
-        resume: None,
-    };
+    let wanted = Wanted { lock: Policy::Off, ..Wanted::new(path, options) };
     let opened = open::open(&wanted).unwrap();
     opened.prepare().unwrap();
     let outcome = Arc::default();
@@ -48,17 +39,7 @@ fn queue(path: &Path, kind: Kind, count: u64, options: Options) -> (Queue, Arc<M
         start: Arc::new(Barrier::new(1)),
         outcome: Arc::clone(&outcome),
     };
-    let limits = Limits { max_request: 4096, size: opened.engine.virtual_size(), block: 512 };
-    let copies = opened.engine.copy_buffers();
-    let setup = Setup {
-        core: Arc::new(Core::new(opened.engine, None, 1)),
-        common: Common::new(opened.files, copies).unwrap(),
-        requests: Requests::Made(plan),
-        path: DataPath::Copy,
-        depth: 32,
-        limits,
-        fence: None,
-    };
+    let setup = bench::setup(opened, plan, 32).unwrap();
     let (main, end) = link::link(1).unwrap();
     main.let_go();
     (Queue::new(setup, 0, end).unwrap(), outcome)

@@ -65,24 +65,22 @@ for mode in "${modes[@]}"; do
 done
 
 # --- another image in its place ---
-add image.qcow2 --recovery queue
-kill_server
-cp image.qcow2 other.qcow2
-mv image.qcow2 kept.qcow2
-mv other.qcow2 image.qcow2
-! within 60 ublk-qcow2 recover -n "$id" 2>err || fail "another image was served in its place"
-grep -q 'belongs to another image' err || fail "another image: $(<err)"
-mv kept.qcow2 image.qcow2
-recover
-if [[ $VM_KERNEL == new ]]; then
-    within 60 ublk-qcow2 quiesce -n "$id" || fail "quiesce failed"
+# another_image PHRASE: recover refuses a copy of the image, and takes the image itself.
+another_image() {
     cp image.qcow2 other.qcow2
     mv image.qcow2 kept.qcow2
     mv other.qcow2 image.qcow2
-    ! within 60 ublk-qcow2 recover -n "$id" 2>err || fail "another image was served after quiesce"
-    grep -q 'another file has its name' err || fail "another image after quiesce: $(<err)"
+    ! within 60 ublk-qcow2 recover -n "$id" 2>err || fail "another image was served in its place"
+    grep -q "$1" err || fail "another image: $(<err)"
     mv kept.qcow2 image.qcow2
     recover
+}
+add image.qcow2 --recovery queue
+kill_server
+another_image 'belongs to another image'
+if [[ $VM_KERNEL == new ]]; then
+    within 60 ublk-qcow2 quiesce -n "$id" || fail "quiesce failed"
+    another_image 'another file has its name'
 fi
 del
 sound image.qcow2
