@@ -208,8 +208,7 @@ impl Device {
                     bail!("device {} still has its dead server's character device open", self.id())
                 }
                 // Before 6.15, where a server has got this far and died before its queues had asked
-                // for requests: the driver waits for those. (Where a part of them was there, they
-                // are refused.)
+                // for requests: the driver waits for those.
                 Err(error) if error.errno == libc::EINVAL && self.waits(control) => {
                     return Ok(());
                 }
@@ -222,6 +221,13 @@ impl Device {
     fn waits(&self, control: &mut Control) -> bool {
         let waiting = [ublk::STATE_QUIESCED, ublk::STATE_FAIL_IO];
         control.info(self.id()).is_ok_and(|info| waiting.contains(&info.state))
+    }
+
+    /// Whether a server may die at any moment of taking the device over: there is one queue, which
+    /// asks for requests or does not, or the driver can stand a part of them. (It learned that a
+    /// little before QUIESCE_DEV.)
+    pub fn is_taken_whole(&self) -> bool {
+        self.queues() == 1 || self.info.flags & ublk::F_QUIESCE != 0
     }
 
     /// The device goes on. Every tag has to be fetched.

@@ -167,7 +167,13 @@ impl Front {
         Ok(Self::Ublk(Ublk { device, number, depth, descriptors: None, kind, arrived }))
     }
 
-    /// Lets requests come. The character device is open by then.
+    /// Asks for requests. The character device is open by then.
+    ///
+    /// The driver hears of all tags of the queue in one system call, and only then are the
+    /// descriptors mapped: no request comes before the main thread has started the device. Linux
+    /// before 6.15 lets no other process map them once one has, until START_USER_RECOVERY; and it
+    /// takes that only where a queue has asked. A server that is killed between the two would leave
+    /// a device that nobody can take over.
     pub fn begin<T: From<Sent>>(&mut self, ring: &mut Ring<T>, payload: &Payload) -> Result<()> {
         match self {
             Self::Ublk(ublk) => ublk.begin(ring, payload),
@@ -262,12 +268,6 @@ impl Front {
 
 impl Ublk {
     fn begin<T: From<Sent>>(&mut self, ring: &mut Ring<T>, payload: &Payload) -> Result<()> {
-        let device = self.device.get().context("the character device is open")?;
-        let bytes = usize::from(self.depth) * size_of::<IoDesc>();
-        let offset = u64::from(self.number) * ublk::DESC_STRIDE;
-        let descriptors = Area::map_shared(device, offset, bytes);
-        let what = "mapping the request descriptors of the ublk device";
-        self.descriptors = Some(descriptors.context(what)?);
         match &mut self.kind {
             Kind::Single { open, .. } => {
                 *open = self.depth;
@@ -281,6 +281,13 @@ impl Ublk {
                 self.batch(ublk::IO_PREPARE_BATCH, ring, payload);
             }
         }
+        ring.submit().context("io_uring_enter")?;
+        let device = self.device.get().context("the character device is open")?;
+        let bytes = usize::from(self.depth) * size_of::<IoDesc>();
+        let offset = u64::from(self.number) * ublk::DESC_STRIDE;
+        let descriptors = Area::map_shared(device, offset, bytes);
+        let what = "mapping the request descriptors of the ublk device";
+        self.descriptors = Some(descriptors.context(what)?);
         Ok(())
     }
 

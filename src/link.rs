@@ -21,7 +21,8 @@ use crate::watch::{Episode, Ticks};
 /// What a queue thread tells once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The engine is ready; the queue waits for [`MainEnd::let_go`].
+    /// The queue has all it needs, the first one the engine, too, and waits for
+    /// [`MainEnd::let_go`].
     Opened,
     /// The fetch commands are on their way.
     Ready,

@@ -162,6 +162,7 @@ pub fn describe(args: &AddArgs, opened: &Opened, device: &Device) -> Result<Stat
         identity: opened.files.image.identity()?,
         data_identity: opened.files.data.as_ref().map(Source::identity).transpose()?,
         recipe,
+        taking_over: false,
         handed_over: false,
     })
 }

@@ -208,8 +208,8 @@ impl Queue {
         self.ring.push(Token::Timer, Io::Timer);
         if self.is_first() {
             self.open()?;
-            self.link.tell(Event::Opened);
         }
+        self.link.tell(Event::Opened);
         self.link.wait_for_go();
         self.front.begin(&mut self.ring, self.driver.payload())?;
         self.link.tell(Event::Ready);

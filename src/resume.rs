@@ -74,6 +74,7 @@ pub fn waiting(control: &mut Control, id: u32) -> Result<(DevInfo, State, AddArg
     let (info, state, recipe) = find(control, id)?;
     let info = without_server(control, info, &state)?;
     refuse_failed(&state)?;
+    refuse_half_taken(&state)?;
     Ok((info, state, recipe))
 }
 
@@ -84,6 +85,20 @@ fn refuse_failed(state: &State) -> Result<()> {
         "device {0}: the image {1} had failed before its server died ({text}), so what was \
          acknowledged may be lost; `ublk-qcow2 del -n {0} --force` removes the device, then look \
          at the image with `ublk-qcow2 check`",
+        state.id,
+        state.image_path
+    )
+}
+
+/// The driver would use queues that it does not know.
+fn refuse_half_taken(state: &State) -> Result<()> {
+    if !state.taking_over {
+        return Ok(());
+    }
+    bail!(
+        "device {0}: a server died in the instant in which it took the device over, and the ublk \
+         driver of Linux before 6.15 would crash if another tried; what was acknowledged is in the \
+         image {1}: `ublk-qcow2 del -n {0} --force` removes the device, then add it again",
         state.id,
         state.image_path
     )

@@ -234,14 +234,35 @@ impl Server {
                 .spawn(move || queue::run(setup, number, &cpus, end))
                 .context("starting a queue's thread")?;
             self.running += 1;
-            self.wait_ready()?;
+            // The others find the engine ready.
+            self.wait_for(&Event::Opened)?;
+        }
+        self.take_char_device()?;
+        for _ in 0..self.running {
+            self.wait_for(&Event::Ready)?;
         }
         // Only the queues have it open from here on.
         self.char_device = CharDevice::default();
         Ok(())
     }
 
-    fn wait_ready(&mut self) -> Result<()> {
+    /// Lets the queues ask for requests. As late as can be: a server that dies from here on, before
+    /// all of them have, may be one that Linux before 6.15 has no successor for.
+    fn take_char_device(&mut self) -> Result<()> {
+        if self.stays {
+            self.device.begin_resume(&mut self.control)?;
+        }
+        let file = self.device.open_char()?;
+        self.char_device.get_or_init(|| file);
+        if !self.device.is_taken_whole() {
+            self.change_record(|before| before.taking_over = true);
+        }
+        self.main.as_ref().context("the queue threads run")?.let_go();
+        Ok(())
+    }
+
+    /// Waits until the next queue has got so far.
+    fn wait_for(&mut self, wanted: &Event) -> Result<()> {
         // A little less than the parent waits, so that this text is the one that is seen.
         let deadline = Instant::now() + START_LIMIT.saturating_sub(Duration::from_secs(15));
         loop {
@@ -250,21 +271,12 @@ impl Server {
             }
             let main = self.main.as_ref().context("the queue threads run")?;
             match main.wait_event(Duration::from_millis(100)) {
-                Some(Event::Ready) => return Ok(()),
-                Some(Event::Opened) => {
-                    // As late as can be: a server that dies from here on, before all its queues
-                    // have asked for requests, is one that Linux before 6.15 may have no successor
-                    // for.
-                    if self.stays {
-                        self.device.begin_resume(&mut self.control)?;
-                    }
-                    let file = self.device.open_char()?;
-                    self.char_device.get_or_init(|| file);
-                    self.main.as_ref().context("the queue threads run")?.let_go();
-                }
+                Some(event) if event == *wanted => return Ok(()),
                 Some(Event::Ended(Err(text))) => return Err(anyhow!(text)),
                 Some(Event::Failed(text)) => {
-                    self.remember_failure(&text);
+                    // A sync that has failed, of what another server had acknowledged, must not be
+                    // tried again and believed.
+                    self.change_record(|before| before.failed = Some(text.clone()));
                     bail!("{text}");
                 }
                 Some(_) => bail!("the queue ended before it began"),
@@ -392,11 +404,10 @@ impl Server {
         Ok(())
     }
 
-    /// Where this server was bringing in what another had acknowledged: a sync that has failed must
-    /// not be tried again and believed.
-    fn remember_failure(&self, text: &str) {
+    /// Changes what the server before this one has left, until the device is ours.
+    fn change_record(&self, change: impl FnOnce(&mut State)) {
         if let Some(mut before) = State::load(self.device.id()).filter(|_| self.stays) {
-            before.failed = Some(text.to_string());
+            change(&mut before);
             record(&before);
         }
     }

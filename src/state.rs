@@ -83,6 +83,11 @@ pub struct State {
     pub data_identity: Option<(u64, u64)>,
     /// How to serve it again, for a device that outlives its server.
     pub recipe: Option<AddArgs>,
+    /// A server was about to take the device over when this was written, and died if it still is
+    /// there: the driver may know a part of its queues, which would be the end of Linux before 6.15
+    /// if it was asked to let another take over.
+    #[serde(default)]
+    pub taking_over: bool,
     /// The server has closed the image and ended, and the device waits for another.
     #[serde(default)]
     pub handed_over: bool,
