@@ -50,9 +50,11 @@ JSON, for each device:
     direct          whether the image is read and written past the page cache
     recipe          the options of its `add`, if it has --recovery
     handed_over     its server has ended and waits for `recover`
+    taking_over     another is taking it over, or has died while it did
     close_error     why the image could not be closed cleanly
     failed          why it took no writes any more when its server ran; `recover` refuses it
     trusted, pid, pid_since, added_by, identity      of --trust-content, of its server, of the image
+    data_identity   of its external data file
   recovery          what --recovery said; null: the device ends with its server
   health            good; failed: why writes and flushes fail from now on; or that the server
                     is gone or does not answer
@@ -113,7 +115,7 @@ If it fails, the device stays as it is, and `recover` can be tried again.")]
     #[command(after_help = "\
 Requests under way end, the image is closed, the server ends; the device stays, and requests wait
 until `ublk-qcow2 recover -n ID` serves them, with this or another version of the program. No
-request fails. Needs `add --recovery` and Linux 6.16.")]
+request fails (but with `--recovery fail`, what comes meanwhile). Needs `add --recovery` and Linux 6.16.")]
     Quiesce(QuiesceArgs),
     /// Make the disk of a device larger while it is in use.
     #[command(after_help = "\

@@ -33,6 +33,7 @@ pub fn prepare(
         let fence = Fence::take(info.dev_id)?;
         // Another may have served it since we looked.
         (*info, **state, _) = resume::waiting(&mut control, info.dev_id)?;
+        resume::refuse_half_taken(state)?;
         if !args.read_only {
             let id = info.dev_id;
             open::mend_unfinished(&wanted, id, &mut |stage| reporter.stage(stage))?;
@@ -62,7 +63,9 @@ pub fn prepare(
 /// beneath what is mounted on it.
 fn refuse_another(opened: &Opened, before: &State) -> Result<()> {
     let data = opened.files.data.as_ref().map(Source::identity).transpose()?;
-    let same = opened.files.image.identity()? == before.identity && data == before.data_identity;
+    // Earlier versions did not record that of a data file.
+    let same_data = before.data_identity.is_none() || data == before.data_identity;
+    let same = opened.files.image.identity()? == before.identity && same_data;
     // It may have grown: the driver was not told any more.
     if same && opened.engine.virtual_size() >= before.virtual_size {
         return Ok(());

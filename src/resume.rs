@@ -62,10 +62,15 @@ pub fn quiesce(args: &QuiesceArgs) -> Result<()> {
         );
     }
     match State::load(id) {
+        Some(State { handed_over: true, .. }) => Ok(()),
         Some(State { close_error: Some(text), .. }) => {
             bail!("device {id}: the image was not closed cleanly: {text}")
         }
-        _ => Ok(()),
+        Some(_) => bail!(
+            "the server of device {id} died before it had closed the image; `ublk-qcow2 recover \
+             -n {id}` serves it again"
+        ),
+        None => bail!("device {id} was removed meanwhile"),
     }
 }
 
@@ -74,7 +79,6 @@ pub fn waiting(control: &mut Control, id: u32) -> Result<(DevInfo, State, AddArg
     let (info, state, recipe) = find(control, id)?;
     let info = without_server(control, info, &state)?;
     refuse_failed(&state)?;
-    refuse_half_taken(&state)?;
     Ok((info, state, recipe))
 }
 
@@ -90,15 +94,15 @@ fn refuse_failed(state: &State) -> Result<()> {
     )
 }
 
-/// The driver would use queues that it does not know.
-fn refuse_half_taken(state: &State) -> Result<()> {
+/// Called with the fence in hand: nobody is taking it over at the moment.
+pub fn refuse_half_taken(state: &State) -> Result<()> {
     if !state.taking_over {
         return Ok(());
     }
     bail!(
         "device {0}: a server died in the instant in which it took the device over, and the ublk \
-         driver of Linux before 6.15 would crash if another tried; what was acknowledged is in the \
-         image {1}: `ublk-qcow2 del -n {0} --force` removes the device, then add it again",
+         driver of Linux before 7.0 would crash or hang if another tried; what was acknowledged is \
+         in the image {1}: `ublk-qcow2 del -n {0} --force` removes the device, then add it again",
         state.id,
         state.image_path
     )

@@ -169,7 +169,10 @@ impl Server {
         }
         reporter.stage("waiting for the image's first fdatasync")?;
         self.start_queues(opened)?;
-        reporter.stage("starting the ublk device")?;
+        let told = reporter.stage("starting the ublk device");
+        if !self.stays {
+            told?;
+        }
         // Before the disk is there, and with it udev's first look at it.
         self.state.tell_udev()?;
         // From here on a successor would find what it needs.
@@ -241,21 +244,27 @@ impl Server {
         for _ in 0..self.running {
             self.wait_for(&Event::Ready)?;
         }
+        if self.stays {
+            self.change_record(|before| before.taking_over = false)?;
+        }
+        if self.signals.came() {
+            bail!("interrupted");
+        }
         // Only the queues have it open from here on.
         self.char_device = CharDevice::default();
         Ok(())
     }
 
     /// Lets the queues ask for requests. As late as can be: a server that dies from here on, before
-    /// all of them have, may be one that Linux before 6.15 has no successor for.
+    /// all of them have, may be one that Linux before 7.0 has no successor for.
     fn take_char_device(&mut self) -> Result<()> {
         if self.stays {
             self.device.begin_resume(&mut self.control)?;
         }
         let file = self.device.open_char()?;
         self.char_device.get_or_init(|| file);
-        if !self.device.is_taken_whole() {
-            self.change_record(|before| before.taking_over = true);
+        if self.stays && !self.device.is_taken_whole(&mut self.control)? {
+            self.change_record(|before| before.taking_over = true)?;
         }
         self.main.as_ref().context("the queue threads run")?.let_go();
         Ok(())
@@ -266,7 +275,8 @@ impl Server {
         // A little less than the parent waits, so that this text is the one that is seen.
         let deadline = Instant::now() + START_LIMIT.saturating_sub(Duration::from_secs(15));
         loop {
-            if self.signals.came() {
+            // Not half way: where some queues ask for requests already, the others do in a moment.
+            if *wanted == Event::Opened && self.signals.came() {
                 bail!("interrupted");
             }
             let main = self.main.as_ref().context("the queue threads run")?;
@@ -276,7 +286,9 @@ impl Server {
                 Some(Event::Failed(text)) => {
                     // A sync that has failed, of what another server had acknowledged, must not be
                     // tried again and believed.
-                    self.change_record(|before| before.failed = Some(text.clone()));
+                    if let Err(error) = self.change_record(|it| it.failed = Some(text.clone())) {
+                        tracing::error!("{error:#}");
+                    }
                     bail!("{text}");
                 }
                 Some(_) => bail!("the queue ended before it began"),
@@ -325,6 +337,9 @@ impl Server {
     fn hand_over(&mut self) -> Result<()> {
         if self.device.info.flags & ublk::F_QUIESCE == 0 {
             bail!("it ends with its server, or the driver had no QUIESCE_DEV when it was added");
+        }
+        if let Some(text) = &self.state.failed {
+            bail!("it takes no writes any more ({text}), and no other server would take it over");
         }
         self.leaving = true;
         Ok(())
@@ -405,11 +420,12 @@ impl Server {
     }
 
     /// Changes what the server before this one has left, until the device is ours.
-    fn change_record(&self, change: impl FnOnce(&mut State)) {
-        if let Some(mut before) = State::load(self.device.id()).filter(|_| self.stays) {
-            change(&mut before);
-            record(&before);
-        }
+    fn change_record(&self, change: impl FnOnce(&mut State)) -> Result<()> {
+        let Some(mut before) = State::load(self.device.id()).filter(|_| self.stays) else {
+            return Ok(());
+        };
+        change(&mut before);
+        before.store()
     }
 
     /// Rewrites the record of the device.

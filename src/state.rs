@@ -5,7 +5,7 @@
 //! closing the image fails, and removed after a clean close. So after a daemon has ended: no file
 //! means all is well, a file with `close_error` says what failed, and a file without it means that
 //! the daemon died. `N.sock` gives live figures as JSON, one object per connection; `N.orders`
-//! takes what it is to do (`resize.rs`). A device that outlives its daemon also has `N.journal`
+//! takes what it is to do (`orders.rs`). A device that outlives its daemon also has `N.journal`
 //! and `N.fence` (`journal.rs`, `fence.rs`). `N.trusted` or `N.untrusted`, which is empty, is for
 //! the udev rules (`src/dist/`).
 
@@ -84,8 +84,8 @@ pub struct State {
     /// How to serve it again, for a device that outlives its server.
     pub recipe: Option<AddArgs>,
     /// A server was about to take the device over when this was written, and died if it still is
-    /// there: the driver may know a part of its queues, which would be the end of Linux before 6.15
-    /// if it was asked to let another take over.
+    /// there: the driver may know a part of its queues, and before Linux 7.0 it must not be asked to
+    /// let another take over then.
     #[serde(default)]
     pub taking_over: bool,
     /// The server has closed the image and ended, and the device waits for another.

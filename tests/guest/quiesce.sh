@@ -156,6 +156,26 @@ for path in zero-copy user-copy; do
 done
 kernel_log >kernel.log
 ! grep -E 'I/O error.*ublk' kernel.log || fail "an error was seen above the device"
+
+# Nobody waits any more for what a server hears late.
+add disk/image.qcow2 --recovery reissue
+pid=$(daemon_of "$id")
+kill -STOP "$pid"
+! timeout 2 ublk-qcow2 quiesce -n "$id" 2>err || fail "a server that is stopped was handed over"
+kill -CONT "$pid"
+sleep 1
+[[ $(daemon_of "$id") == "$pid" && $(health "$id") == good ]] ||
+    fail "handed over for somebody who has left: $(ublk-qcow2 list -n "$id")"
+
+# What takes no more writes still serves reads, which no successor would.
+within 60 dd if=data of="$dev" bs=1M seek=40 oflag=direct conv=notrunc status=none
+dm suspend --noflush --nolockfs beneath
+dm load beneath --table "0 $((400 * 2048)) error"
+dm resume beneath
+! within 60 sync "$dev" 2>sync.err || fail "synced on a disk that fails"
+refused 'takes no writes any more' -- ublk-qcow2 quiesce -n "$id"
+within 60 ublk-qcow2 del -n "$id" --force 2>err || true
+until_true 10 eval "[[ ! -e $dev && ! -e /proc/$pid ]]"
 within 60 umount disk
 dm remove beneath
 no_devices

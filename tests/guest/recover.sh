@@ -39,7 +39,7 @@ replace() {
         kill -KILL "$pid"
         kills=$((kills + 1))
     fi
-    # A second kill while the successor is at it. (With more than one queue, Linux before 6.15 has
+    # A second kill while the successor is at it. (With more than one queue, Linux before 7.0 has
     # an instant after which nobody may try again.)
     if ((RANDOM % 4 == 0)) && [[ $VM_KERNEL == new || $number != "$fs" ]]; then
         cut_short "$number" "0.$((RANDOM % 6))$((RANDOM % 10))"
@@ -99,7 +99,7 @@ grep -q -e '--force' err || fail "del with a broken record: $(<err)"
 grep -q 'can be read' err || fail "recover with a broken record: $(<err)"
 jq '.taking_over = true' record >"$record"
 ! within 20 ublk-qcow2 recover -n "$id" 2>err || fail "recover of a device that was half taken"
-grep -q 'before 6.15' err || fail "recover of a device that was half taken: $(<err)"
+grep -q 'before 7.0' err || fail "recover of a device that was half taken: $(<err)"
 cp record "$record"
 # Servers that die while they take the device over, at any moment of that, leave it to the next.
 for n in {1..20}; do
