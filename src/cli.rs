@@ -115,7 +115,8 @@ If it fails, the device stays as it is, and `recover` can be tried again.")]
     #[command(after_help = "\
 Requests under way end, the image is closed, the server ends; the device stays, and requests wait
 until `ublk-qcow2 recover -n ID` serves them, with this or another version of the program. No
-request fails (but with `--recovery fail`, what comes meanwhile). Needs `add --recovery` and Linux 6.16.")]
+request fails (but with `--recovery fail`, what comes meanwhile). Needs `add --recovery` and Linux
+6.16.")]
     Quiesce(QuiesceArgs),
     /// Make the disk of a device larger while it is in use.
     #[command(after_help = "\

@@ -225,8 +225,8 @@ impl Device {
 
     /// Whether a server may die at any moment of taking the device over: there is one queue, which
     /// asks for requests or does not, or the driver can stand a part of them. (It learned that
-    /// together with batches. Before 6.15 it follows a null pointer then, and from there on it never
-    /// gives the dead server's commands back.)
+    /// together with batches. Before 6.15 it follows a null pointer then; later ones never give the
+    /// dead server's commands back.)
     pub fn is_taken_whole(&self, control: &mut Control) -> Result<bool> {
         Ok(self.queues() == 1 || control.features()? & ublk::F_BATCH_IO != 0)
     }

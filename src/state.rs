@@ -84,8 +84,8 @@ pub struct State {
     /// How to serve it again, for a device that outlives its server.
     pub recipe: Option<AddArgs>,
     /// A server was about to take the device over when this was written, and died if it still is
-    /// there: the driver may know a part of its queues, and before Linux 7.0 it must not be asked to
-    /// let another take over then.
+    /// there: the driver may know a part of its queues, and before Linux 7.0 it must not be asked
+    /// to let another take over then.
     #[serde(default)]
     pub taking_over: bool,
     /// The server has closed the image and ended, and the device waits for another.
