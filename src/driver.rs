@@ -264,7 +264,7 @@ impl Driver {
             }
             self.free_blocks.push(index);
         }
-        engine.complete(op.id, outcome);
+        engine.hand_back(op.id, outcome);
     }
 
     fn inflate(&mut self, staged: Staged, source: Compressed, now: Ticks) -> Step {

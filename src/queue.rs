@@ -342,10 +342,11 @@ impl Queue {
         }
         if !locked.held {
             for (tag, request) in self.requests.drain(..) {
-                locked.engine.submit(self.number, tag, request);
+                locked.engine.hand_in(self.number, tag, request);
             }
         }
         let held = locked.held;
+        locked.engine.go_on();
         locked.record();
         let engine = &mut locked.engine;
         // What does not fit stays in the engine until completions make room.

@@ -19,6 +19,8 @@ use qcow2::{Engine, Extent, Header, Image, OpKind, Options, Outcome, Request};
 const SIZE: u64 = 1 << 30;
 const DEPTH: u16 = 64;
 const BLOCK: u32 = 4096;
+/// Operations that complete in a turn.
+const BATCH: usize = 16;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
@@ -104,15 +106,24 @@ fn measured(engine: &mut Engine, requests: u64, blocks: u64, write: bool) {
         ((state >> 32) * blocks) >> 32
     };
     for tag in 0..DEPTH {
-        engine.submit(0, tag, request(next(), write));
+        engine.hand_in(0, tag, request(next(), write));
     }
     let mut left = requests;
     while left > 0 {
-        let op = engine.next_op(0).expect("each request has one");
-        engine.complete(black_box(op).id, Outcome::Done);
+        // As a queue does it: what has come in a turn, and then what is to be done.
+        engine.go_on();
+        let mut count = 0;
         while let Some(reply) = engine.next_reply(0) {
             left = left.saturating_sub(1);
-            engine.submit(0, black_box(reply).tag, request(next(), write));
+            engine.hand_in(0, black_box(reply).tag, request(next(), write));
+            count += 1;
+        }
+        if count > 0 {
+            engine.go_on();
+        }
+        for _ in 0..BATCH {
+            let Some(op) = engine.next_op(0) else { break };
+            engine.hand_back(black_box(op).id, Outcome::Done);
         }
     }
 }

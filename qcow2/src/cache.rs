@@ -90,12 +90,14 @@ impl Cache {
         self.data.len() as u64
     }
 
+    #[inline]
     fn home(&self, page: u64) -> usize {
         let hash = page.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         usize::try_from(hash).expect("32 bits") & (self.index.len() - 1)
     }
 
     /// Where page `page` is. Changes nothing.
+    #[inline]
     pub(crate) fn lookup(&self, page: u64) -> Lookup {
         let mask = self.index.len() - 1;
         let mut at = self.home(page);
@@ -231,6 +233,13 @@ impl Cache {
     fn bytes_mut(&mut self, id: SlotId) -> &mut [u8] {
         let start = id.at() << self.page_bits;
         &mut self.data[start..start + (1 << self.page_bits)]
+    }
+
+    /// The word that begins at this byte of a page.
+    #[inline]
+    pub(crate) fn word_at(&self, id: SlotId, byte: u64) -> u64 {
+        let at = (id.at() << self.page_bits) + usize::try_from(byte).expect("within a page");
+        BigEndian::read_u64(&self.data[at..at + 8])
     }
 
     /// Word `index` of a page of 8-byte words.

@@ -12,7 +12,6 @@
 //! what it waits for and changes nothing, and later simply looks again.
 
 use alloc::collections::VecDeque;
-use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::adopt::Adoption;
@@ -62,16 +61,18 @@ pub struct Engine {
     pub(crate) requests: Vec<RequestState>,
     pub(crate) active: usize,
     /// Requests that wait for something else than their own operations.
-    blocked: usize,
+    pub(crate) blocked: usize,
     pub(crate) ready: VecDeque<RequestId>,
     /// Requests with segments: allocations under way.
     pub(crate) writers: Vec<RequestId>,
     pub(crate) new_tables: Vec<NewTable>,
     pub(crate) ops: OpTable,
     pub(crate) out: Vec<VecDeque<OpId>>,
-    replies: Vec<VecDeque<Reply>>,
+    pub(crate) replies: Vec<VecDeque<Reply>>,
     /// The queue whose event is being handled: metadata operations go out there.
     pub(crate) current_queue: u16,
+    /// Something was handed in or back that has to be worked on.
+    pub(crate) due: bool,
 
     pub(crate) l1: Table,
     pub(crate) refcount_table: Table,
@@ -141,7 +142,9 @@ impl Engine {
             failed: None,
             corrupt_mark: Mark::No,
             incidents: VecDeque::with_capacity(MAX_INCIDENTS),
-            requests: vec![RequestState::IDLE; count],
+            requests: (0..options.queues)
+                .flat_map(|queue| (0..options.depth).map(move |tag| RequestState::idle(queue, tag)))
+                .collect(),
             active: 0,
             blocked: 0,
             ready: VecDeque::with_capacity(count * 2),
@@ -151,6 +154,7 @@ impl Engine {
             out,
             replies,
             current_queue: 0,
+            due: false,
             l1: image.l1,
             refcount_table: image.refcounts,
             metadata: image.metadata,
@@ -182,12 +186,22 @@ impl Engine {
     /// A guest request arrives on `queue` with `tag` (below the queue depth, not in use). A request
     /// outside the virtual disk, or not made of sectors, is answered with `Invalid`.
     pub fn submit(&mut self, queue: u16, tag: u16, request: Request) {
+        self.hand_in(queue, tag, request);
+        self.go_on();
+    }
+
+    /// The same without working on it, unless it is a hit: [`go_on`](Self::go_on) does, for all
+    /// that has come. Until then nothing may be taken out.
+    pub fn hand_in(&mut self, queue: u16, tag: u16, request: Request) {
         assert!(queue < self.options.queues && tag < self.options.depth, "the driver's bug");
         let id = usize::from(queue) * usize::from(self.options.depth) + usize::from(tag);
         assert!(self.requests[id].request.is_none(), "tag {tag} of queue {queue} is in use");
-        self.current_queue = queue;
-        self.requests[id] = RequestState { request: Some(request), ..RequestState::IDLE };
         self.active += 1;
+        if let Some(hit) = self.find_hit(tag, request) {
+            return self.take_short_way(id, request, &hit);
+        }
+        self.current_queue = queue;
+        self.requests[id].begin(request);
         if !self.is_valid(request) {
             self.requests[id].error = Some(IoErrorKind::Invalid);
         } else if self.options.read_only && !matches!(request, Request::Read { .. }) {
@@ -197,7 +211,14 @@ impl Engine {
             }
         }
         self.ready.push_back(id);
-        self.run();
+        self.due = true;
+    }
+
+    /// Works on what was handed in and handed back.
+    pub fn go_on(&mut self) {
+        if core::mem::take(&mut self.due) {
+            self.run();
+        }
     }
 
     fn is_valid(&self, request: Request) -> bool {
@@ -216,6 +237,16 @@ impl Engine {
 
     /// Operation `id` has ended.
     pub fn complete(&mut self, id: OpId, outcome: Outcome) {
+        self.hand_back(id, outcome);
+        self.go_on();
+    }
+
+    /// The same without working on what follows: [`go_on`](Self::go_on) does, for all that has
+    /// come. Until then nothing may be taken out.
+    pub fn hand_back(&mut self, id: OpId, outcome: Outcome) {
+        if outcome == Outcome::Done && self.ends_short_way(id) {
+            return;
+        }
         let state = *self.ops.get(id);
         self.current_queue = state.queue;
         let writes = match state.kind {
@@ -234,7 +265,7 @@ impl Engine {
             Outcome::Short(done) => {
                 // A short transfer is one of less than the whole; a driver's bug would end here.
                 let Some(outcome) = self.take_up_short(id, done) else {
-                    self.run();
+                    self.due = true;
                     return;
                 };
                 outcome
@@ -246,7 +277,7 @@ impl Engine {
             Outcome::Done | Outcome::Short(_) => Ok(()),
         };
         self.finish_op(id, result);
-        self.run();
+        self.due = true;
     }
 
     /// Time passes: `now_ms` is milliseconds since any fixed moment.
@@ -483,6 +514,7 @@ impl Engine {
     pub(crate) fn reply(&mut self, id: RequestId) {
         let state = &mut self.requests[id];
         debug_assert_eq!((state.pending, state.segment_count), (0, 0));
+        let (queue, tag) = (state.queue, state.tag);
         let result = state.error.map_or(Ok(()), Err);
         match state.request.take() {
             Some(Request::Read { .. }) => self.stats.reads += 1,
@@ -496,9 +528,7 @@ impl Engine {
         }
         self.stats.errors += u64::from(result.is_err());
         self.active -= 1;
-        let depth = usize::from(self.options.depth);
-        let tag = u16::try_from(id % depth).expect("below the depth");
-        self.replies[id / depth].push_back(Reply { tag, result });
+        self.replies[usize::from(queue)].push_back(Reply { tag, result });
     }
 
     // ---- waiting and waking ----

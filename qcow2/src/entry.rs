@@ -294,6 +294,15 @@ impl Decoder {
     }
 }
 
+/// The place in a plain word.
+pub(crate) const PLAIN_OFFSET: u64 = OFFSET;
+
+/// Does a word say that there is something at a place in the image, and nothing else but whether it
+/// is shared?
+pub(crate) fn is_plain(word: u64) -> bool {
+    word & !(OFFSET | COPIED) == 0 && word & OFFSET != 0
+}
+
 /// The upper half of the bitmap of an extended entry.
 const ZEROS_OF_UNITS: u64 = 0xffff_ffff << 32;
 

@@ -21,6 +21,10 @@
 //!       └─────────┘
 //! ```
 //!
+//! [`Engine::submit`] is two calls, so that all events of a turn are worked on at once:
+//! [`Engine::hand_in`] and [`Engine::go_on`]; and likewise `complete`. A request that finds all it
+//! needs in the caches takes a short way past the steps ([`hit`]).
+//!
 //! A step looks up all it needs and changes nothing before it has it; a request that misses
 //! something notes what, is woken when that may be there, and looks again. See [`engine`].
 //!
@@ -63,6 +67,7 @@
 //! | [`engine`], [`life`], [`report`] | events, actions, waiting; failure, closing; counters |
 //! | [`progress`], [`pages`] | operations and their completion; reading pages of tables |
 //! | [`request`], [`optable`], [`op`] | requests, operations under way, what crosses the border |
+//! | [`hit`] | the short way of reads and writes that find all they need in the caches |
 //! | [`read`], [`write`], [`zero`], [`copy`] | the steps of each kind of request; copy-on-write |
 //! | [`allocator`], [`refblock`] | the reservation of free clusters; new refcount blocks |
 //! | [`extend`] | making the file longer |
@@ -99,6 +104,7 @@ mod flush;
 mod geometry;
 mod grow;
 mod header;
+mod hit;
 mod image;
 pub mod info;
 pub mod journal;

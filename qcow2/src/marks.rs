@@ -13,6 +13,8 @@ pub const MARKS: &[&str] = &[
     "adopt.was_on_disk",
     "flush.waits_for_next_round",
     "grow.moved",
+    "hit.read",
+    "hit.write",
     "op.short",
     "quarantine.lowered_durably",
     "quarantine.pinned",

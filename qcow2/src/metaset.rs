@@ -67,6 +67,7 @@ impl MetaSet {
         usize::try_from(hash).expect("32 bits") & (self.slots.len() - 1)
     }
 
+    #[inline]
     pub(crate) fn contains(&self, cluster: u64) -> bool {
         if self.ranges.iter().any(|&(start, end)| start <= cluster && cluster < end) {
             return true;

@@ -66,6 +66,8 @@ pub(crate) struct OpState {
     pub(crate) retries: u8,
     /// Rises with every operation.
     pub(crate) number: u64,
+    /// The only operation of a request that needs nothing else ([`hit`](crate::hit)).
+    pub(crate) ends: bool,
 }
 
 /// All operations, and the staging memory.
@@ -141,14 +143,33 @@ impl OpTable {
 
     /// Makes an operation. The caller has asked for room before.
     pub(crate) fn insert(&mut self, owner: Owner, file: FileId, kind: OpKind, queue: u16) -> OpId {
-        let id = self.free.pop().expect("callers ask for room first");
         self.payload_left -= usize::from(matches!(owner, Owner::Request(_)));
         let staged = matches!(kind, OpKind::MetaRead { .. } | OpKind::MetaWrite { .. });
         let staging =
             staged.then(|| self.staging_free.pop().expect("callers ask for staging first"));
-        let number = self.next_number;
+        self.put(OpState { owner, file, kind, queue, staging, retries: 0, number: 0, ends: false })
+    }
+
+    /// The same as [`insert`](Self::insert) for an operation of a request's payload in the image.
+    #[inline]
+    pub(crate) fn insert_payload(
+        &mut self,
+        id: RequestId,
+        kind: OpKind,
+        queue: u16,
+        ends: bool,
+    ) -> OpId {
+        self.payload_left -= 1;
+        let owner = Owner::Request(id);
+        let file = FileId::Image;
+        self.put(OpState { owner, file, kind, queue, staging: None, retries: 0, number: 0, ends })
+    }
+
+    #[inline]
+    fn put(&mut self, mut state: OpState) -> OpId {
+        let id = self.free.pop().expect("callers ask for room first");
+        state.number = self.next_number;
         self.next_number += 1;
-        let state = OpState { owner, file, kind, queue, staging, retries: 0, number };
         self.states[id as usize] = Some(state);
         OpId(id)
     }
@@ -159,6 +180,14 @@ impl OpTable {
 
     pub(crate) fn get_mut(&mut self, id: OpId) -> &mut OpState {
         self.states[id.0 as usize].as_mut().expect("an operation under way")
+    }
+
+    /// The same as [`remove`](Self::remove) for an operation of a request's payload.
+    #[inline]
+    pub(crate) fn forget_payload(&mut self, id: OpId) {
+        self.states[id.0 as usize] = None;
+        self.free.push(id.0);
+        self.payload_left += 1;
     }
 
     pub(crate) fn remove(&mut self, id: OpId) -> OpState {

@@ -113,6 +113,14 @@ bugs! {
     AdoptedEarly,
     /// Of several records for one guest cluster the first counts.
     FirstRecordCounts,
+    /// The short way of hits does not look into the overlay.
+    HitPastOverlay,
+    /// The short way writes into a cluster that a snapshot has, too.
+    HitInSharedCluster,
+    /// A write on the short way is nothing that a FLUSH must sync.
+    HitNotCounted,
+    /// A FUA write on the short way is answered without a sync.
+    HitAnsweredBeforeSync,
 }
 
 impl Bug {

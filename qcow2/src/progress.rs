@@ -22,7 +22,7 @@ impl Engine {
         let queue = match owner {
             Owner::Request(id) => {
                 self.requests[id].pending += 1;
-                u16::try_from(id / usize::from(self.options.depth)).expect("a queue number")
+                self.requests[id].queue
             }
             _ => self.current_queue,
         };

@@ -294,7 +294,7 @@ impl Engine {
     }
 
     pub(crate) fn tag_of(&self, id: RequestId) -> u16 {
-        u16::try_from(id % usize::from(self.options.depth)).expect("below the depth")
+        self.requests[id].tag
     }
 }
 

@@ -80,6 +80,9 @@ pub(crate) struct Segment {
 /// One guest request.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestState {
+    /// Which of the table it is.
+    pub(crate) queue: u16,
+    pub(crate) tag: u16,
     pub(crate) request: Option<Request>,
     /// Bytes for which operations were issued.
     pub(crate) pos: u32,
@@ -94,16 +97,28 @@ pub(crate) struct RequestState {
 }
 
 impl RequestState {
-    pub(crate) const IDLE: Self = Self {
-        request: None,
-        pos: 0,
-        cursor: Cursor::START,
-        pending: 0,
-        wait: Wait::Nothing,
-        error: None,
-        segments: [None; MAX_SEGMENTS],
-        segment_count: 0,
-    };
+    /// The request that `queue` has under `tag`, of which there is none yet.
+    pub(crate) fn idle(queue: u16, tag: u16) -> Self {
+        Self {
+            queue,
+            tag,
+            request: None,
+            pos: 0,
+            cursor: Cursor::START,
+            pending: 0,
+            wait: Wait::Nothing,
+            error: None,
+            segments: [None; MAX_SEGMENTS],
+            segment_count: 0,
+        }
+    }
+
+    /// A request has come. (What segments there were is of no account: none is counted.)
+    pub(crate) fn begin(&mut self, request: Request) {
+        self.request = Some(request);
+        (self.pos, self.cursor, self.pending) = (0, Cursor::START, 0);
+        (self.wait, self.error, self.segment_count) = (Wait::Nothing, None, 0);
+    }
 
     pub(crate) fn push_segment(&mut self, segment: Segment) {
         self.segments[self.segment_count] = Some(segment);

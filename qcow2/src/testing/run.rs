@@ -82,6 +82,9 @@ struct Hit {
     kind: OpKind,
 }
 
+/// One event in so many is worked on together with the next.
+const GATHERED: u64 = 4;
+
 /// One event in so many kills a successor that is opening the image, or a process that closes it.
 const DEATHS_OPENING: u64 = 20;
 
@@ -216,6 +219,7 @@ impl Run {
     /// What the engine does wrong.
     pub fn step(&mut self) -> Told<()> {
         self.steps += 1;
+        self.world.gathers = false;
         match self.stage {
             Stage::Opening => {
                 if self.world.engine.is_ready() {
@@ -261,7 +265,12 @@ impl Run {
             self.world.engine.tick(self.now_ms);
             self.world.pump(Some(&self.guest));
         }
+        if self.world.in_flight.is_empty() {
+            self.world.go_on(Some(&self.guest));
+        }
         let idle = self.world.in_flight.is_empty();
+        // As in a turn of the server, where much may have come.
+        self.world.gathers = !idle && self.prng.one_in(GATHERED);
         if !idle && self.prng.one_in(2) {
             return self.complete_one();
         }
@@ -467,6 +476,9 @@ impl Run {
     /// What is wrong.
     pub fn settle(&mut self) -> Told<()> {
         let mut most = 2_000;
+        self.world.gathers = false;
+        self.world.go_on(Some(&self.guest));
+        self.look()?;
         while !self.world.in_flight.is_empty() {
             self.complete_one()?;
             self.look()?;

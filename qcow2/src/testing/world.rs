@@ -49,6 +49,8 @@ pub struct World {
     pub handed: Option<Vec<OpKind>>,
     /// The host can neither zero nor punch.
     pub plain: bool,
+    /// What comes is handed to the engine, which is to work on it later.
+    pub gathers: bool,
     /// The host has no room for a longer file.
     pub full: bool,
     /// The host has room for files of so many bytes.
@@ -228,6 +230,7 @@ impl World {
             broken: None,
             handed: None,
             plain: false,
+            gathers: false,
             full: false,
             room: u64::MAX,
             fence: None,
@@ -252,8 +255,16 @@ impl World {
     ) {
         self.buffers[usize::from(tag)] = buffer;
         self.places[usize::from(tag)] = crate::testing::guest::range(request).0;
-        self.engine.submit(0, tag, request);
-        self.pump(guest);
+        self.engine.hand_in(0, tag, request);
+        self.go_on(guest);
+    }
+
+    /// Lets the engine work on what has come, unless it is to wait for more.
+    pub fn go_on(&mut self, guest: Option<&Guest>) {
+        if !self.gathers {
+            self.engine.go_on();
+            self.pump(guest);
+        }
     }
 
     /// Takes what the engine has to say.
@@ -373,8 +384,8 @@ impl World {
         if let Some(fence) = &mut self.fence {
             fence.note(op, outcome);
         }
-        self.engine.complete(op.id, outcome);
-        self.pump(guest);
+        self.engine.hand_back(op.id, outcome);
+        self.go_on(guest);
     }
 
     /// The process is killed in the middle of what follows from the end of an operation.
