@@ -51,6 +51,8 @@ pub struct Run {
     pub setting: Rc<Setting>,
     pool: SharedPool,
     prng: Prng,
+    /// Some events are worked on together.
+    gathers: bool,
     stage: Stage,
     /// Events so far.
     pub steps: u64,
@@ -82,8 +84,8 @@ struct Hit {
     kind: OpKind,
 }
 
-/// One event in so many is worked on together with the next.
-const GATHERED: u64 = 4;
+/// In half of the runs, one event in so many is worked on together with the next.
+const GATHERED: u64 = 3;
 
 /// One event in so many kills a successor that is opening the image, or a process that closes it.
 const DEATHS_OPENING: u64 = 20;
@@ -127,6 +129,7 @@ impl Run {
             setting,
             pool,
             prng: Prng::new(seed),
+            gathers: seed.is_multiple_of(2),
             stage: Stage::Opening,
             steps: 0,
             now_ms: 0,
@@ -267,10 +270,11 @@ impl Run {
         }
         if self.world.in_flight.is_empty() {
             self.world.go_on(Some(&self.guest));
+            self.look()?;
         }
         let idle = self.world.in_flight.is_empty();
         // As in a turn of the server, where much may have come.
-        self.world.gathers = !idle && self.prng.one_in(GATHERED);
+        self.world.gathers = self.gathers && !idle && self.prng.one_in(GATHERED);
         if !idle && self.prng.one_in(2) {
             return self.complete_one();
         }
