@@ -2,6 +2,9 @@
 # How each peer serves an image: start_NAME IMAGE [OPTION…] leaves the device in dev and the number
 # of the process that serves it in server (or nothing), stop_NAME ends it. Sourced by fio/guest.
 
+# None of them may take longer to start.
+limited() { timeout -k 5 60 "$@"; }
+
 # Waits for a block device.
 wait_for() {
     local _
@@ -13,18 +16,18 @@ wait_for() {
 }
 
 start_ours() {
-    dev=$(ublk-qcow2 add -f "$@") || return 1
+    dev=$(limited ublk-qcow2 add -f "$@") || return 1
     server=$(ublk-qcow2 list --json | jq -r '.[0].daemon_pid')
 }
 stop_ours() { ublk-qcow2 del -a; }
 
 start_nbd() {
     dev=/dev/nbd0 server=''
-    qemu-nbd --fork --persistent --pid-file="$PWD/nbd.pid" -c "$dev" -f qcow2 --cache=none \
+    limited qemu-nbd --fork --persistent --pid-file="$PWD/nbd.pid" -c "$dev" -f qcow2 --cache=none \
         --aio="$1" --discard=unmap "$2" || return 1
-    server=$(<nbd.pid)
+    server=$(cat nbd.pid)
     for _ in {1..100}; do
-        (($(<"/sys/block/nbd0/size") > 0)) && return 0
+        (($(cat /sys/block/nbd0/size) > 0)) && return 0
         sleep 0.1
     done
     return 1
@@ -37,13 +40,13 @@ stop_nbd-uring() { stop_nbd-native; }
 start_vduse() {
     local before queue=num-queues=1,queue-size=128
     before=$(compgen -G '/dev/vd?' | sort || true)
-    qemu-storage-daemon --daemonize --pidfile "$PWD/vduse.pid" \
+    limited qemu-storage-daemon --daemonize --pidfile "$PWD/vduse.pid" \
         --blockdev "driver=file,filename=$1,node-name=file,cache.direct=on,aio=io_uring" \
-        --blockdev driver=qcow2,file=file,node-name=disk,discard=unmap \
+        --blockdev driver=qcow2,file=file,node-name=disk,discard=unmap,cache.direct=on \
         --export type=vduse-blk,id=export,node-name=disk,name=vduse0,writable=on,$queue ||
         return 1
-    server=$(<vduse.pid)
-    vdpa dev add name vduse0 mgmtdev vduse || return 1
+    server=$(cat vduse.pid)
+    limited vdpa dev add name vduse0 mgmtdev vduse || return 1
     for _ in {1..100}; do
         dev=$(comm -13 <(echo "$before") <(compgen -G '/dev/vd?' | sort) | head -n 1)
         [[ -z $dev ]] || return 0
@@ -58,11 +61,11 @@ stop_vduse() {
 }
 
 start_rublk() {
-    # It prints the device's number, and stays behind as a daemon.
-    rublk add "$@" >rublk.out 2>&1 || return 1
-    dev=$(compgen -G '/dev/ublkb*' | head -n 1)
-    [[ -n $dev ]] && wait_for "$dev" || return 1
-    server=$(rublk list | sed -n -E 's/.*(daemon pid|ublksrv_pid)[: ]+([0-9]+).*/\2/p' | head -n 1)
+    # It prints the device's number and its own, and stays behind as a daemon.
+    limited rublk add "$@" >rublk.out 2>&1 || return 1
+    dev=/dev/ublkb$(sed -n 's/^dev id \([0-9]*\):.*/\1/p' rublk.out | head -n 1)
+    server=$(sed -n 's/.*daemon pid \([0-9]*\).*/\1/p' rublk.out | head -n 1)
+    [[ -n $server ]] && wait_for "$dev"
 }
 stop_rublk() { rublk del --all >/dev/null 2>&1 || rublk del -n 0 >/dev/null; }
 start_rublk-qcow2() { start_rublk qcow2 -q 1 -d 128 -f "$1"; }

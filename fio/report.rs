@@ -22,6 +22,9 @@ const PEERS: [&str; 9] = [
     "null",
 ];
 
+/// A clock tick, as programs see it, in µs.
+const TICK_US: f64 = 10_000.0;
+
 /// What one run gave.
 #[derive(Clone, Debug, Default)]
 struct Run {
@@ -30,9 +33,16 @@ struct Run {
     p99: f64,
     /// Of the server and its threads, for each request.
     cpu_us: Option<f64>,
+    /// Of the whole machine, fio with it.
+    busy_us: Option<f64>,
     /// Of the disk beneath: flushes per fsync, and bytes written per byte.
     flushes: Option<f64>,
     written: Option<f64>,
+    /// Of our engine: misses of the L2 cache per read, reads of tables per miss, fdatasync per
+    /// FLUSH.
+    misses: Option<f64>,
+    reads_per_miss: Option<f64>,
+    syncs: Option<f64>,
     error: String,
 }
 
@@ -52,8 +62,10 @@ fn read(folder: &Path) -> Result<(Vec<String>, Runs), Box<dyn Error>> {
     let (mut runs, mut first) = (Runs::new(), BTreeMap::new());
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let value: Value = serde_json::from_slice(&fs::read(&path)?)
-            .map_err(|error| format!("{}: {error}", path.display()))?;
+        let Ok(value) = serde_json::from_slice::<Value>(&fs::read(&path)?) else {
+            eprintln!("{}: no JSON", path.display());
+            continue;
+        };
         let text = |name: &str| value[name].as_str().unwrap_or_default().to_string();
         let written = fs::metadata(&path)?.modified()?;
         let first = first.entry(text("workload")).or_insert(written);
@@ -77,29 +89,28 @@ fn run(value: &Value) -> Run {
         };
         Some(pair(1)? - pair(0)?)
     };
-    let p99 = |kind: &str| number(&job[kind]["clat_ns"]["percentile"]["99.000000"]) / 1e3;
+    let p99_of = |kind: &str, of: &str| number(&job[kind][of]["percentile"]["99.000000"]) / 1e3;
+    let p99 = |kind: &str| p99_of(kind, "clat_ns");
     let above = number(&job["write"]["io_bytes"]);
     let syncs = number(&job["sync"]["total_ios"]);
-    // A clock tick of Linux' is 10 ms for programs. The ramp is measured, too, but its requests
-    // are not counted, so that the share of its time is taken off.
-    let runtime = number(&job["job_runtime"]) / 1e3;
-    let ramped = number(&value["fio"]["global options"]["ramp_time"]);
-    let share = if runtime > 0.0 { runtime / (runtime + ramped.max(ramp(value))) } else { 1.0 };
     let per = |amount: Option<f64>, count: f64| amount.filter(|_| count > 0.0).map(|n| n / count);
+    let stat = |name: &str| {
+        let at = |index: usize| value["stats"][index][name].as_f64();
+        Some(at(1)? - at(0)?)
+    };
+    let ratio = |above: &str, below: &str| per(stat(above), stat(below)?);
     Run {
         iops: both("iops"),
-        p99: p99("read").max(p99("write")),
-        cpu_us: per(change("ticks", None).map(|ticks| ticks * 10_000.0 * share), requests),
+        p99: p99("read").max(p99("write")).max(p99_of("sync", "lat_ns")),
+        cpu_us: per(change("ticks", None).map(|ticks| ticks * TICK_US), requests),
+        busy_us: per(change("busy", None).map(|ticks| ticks * TICK_US), requests),
+        misses: ratio("l2_misses", "reads"),
+        reads_per_miss: ratio("metadata_reads", "l2_misses"),
+        syncs: ratio("syncs", "flushes"),
         flushes: per(change("beneath", Some(0)), syncs),
-        written: per(change("beneath", Some(1)).map(|sectors| sectors * 512.0 * share), above),
+        written: per(change("beneath", Some(1)).map(|sectors| sectors * 512.0), above),
         error: value["error"].as_str().unwrap_or_default().to_string(),
     }
-}
-
-/// Seconds that were not counted.
-fn ramp(value: &Value) -> f64 {
-    let text = value["fio"]["jobs"][0]["job options"]["ramp_time"].as_str().unwrap_or("0");
-    text.parse().unwrap_or(0.0)
 }
 
 fn median(mut values: Vec<f64>) -> Option<f64> {
@@ -145,9 +156,15 @@ fn report(order: &[String], runs: &Runs) -> Result<String, Box<dyn Error>> {
     table(&mut text, &peers, order, cell)?;
     for (title, what) in [
         ("CPU of the server, µs for each request", (|run| run.cpu_us) as fn(&Run) -> Option<f64>),
+        ("CPU of the whole machine, fio and kernel with it, µs for each request", |run| {
+            run.busy_us
+        }),
         ("99 % of the requests took at most, µs", |run| Some(run.p99)),
         ("Bytes written beneath for each byte written", |run| run.written),
         ("Flushes of the disk beneath for each fsync", |run| run.flushes),
+        ("fdatasync for each FLUSH", |run| run.syncs),
+        ("Misses of the L2 cache for each read", |run| run.misses),
+        ("Reads of tables for each miss", |run| run.reads_per_miss),
     ] {
         writeln!(text, "\n## {title}\n")?;
         table(&mut text, &peers, order, |workload, peer| {

@@ -278,6 +278,10 @@ impl Engine {
         };
         self.finish_op(id, result);
         self.due = true;
+        if matches!(state.owner, Owner::Load(..)) {
+            // Who has waited for the page looks at it before another can take its place.
+            self.go_on();
+        }
     }
 
     /// Time passes: `now_ms` is milliseconds since any fixed moment.
@@ -529,42 +533,6 @@ impl Engine {
         self.stats.errors += u64::from(result.is_err());
         self.active -= 1;
         self.replies[usize::from(queue)].push_back(Reply { tag, result });
-    }
-
-    // ---- waiting and waking ----
-
-    pub(crate) fn set_wait(&mut self, id: RequestId, wait: Wait) {
-        let counts = |wait| !matches!(wait, Wait::Nothing | Wait::Ops);
-        let state = &mut self.requests[id];
-        self.blocked -= usize::from(counts(state.wait));
-        self.blocked += usize::from(counts(wait));
-        state.wait = wait;
-    }
-
-    /// Lets every request go on whose wait `matches`.
-    pub(crate) fn wake(&mut self, matches: impl Fn(Wait) -> bool) {
-        if self.blocked == 0 {
-            return;
-        }
-        for id in 0..self.requests.len() {
-            let state = &self.requests[id];
-            if state.request.is_some() && matches(state.wait) && state.wait != Wait::Nothing {
-                self.set_wait(id, Wait::Nothing);
-                self.ready.push_back(id);
-            }
-        }
-    }
-
-    /// The same, with an error.
-    pub(crate) fn wake_failing(&mut self, kind: IoErrorKind, matches: impl Fn(Wait) -> bool) {
-        for id in 0..self.requests.len() {
-            let state = &mut self.requests[id];
-            if state.request.is_some() && matches(state.wait) && state.wait != Wait::Nothing {
-                state.error.get_or_insert(kind);
-            }
-        }
-        self.fail_adoption_if(kind, &matches);
-        self.wake(matches);
     }
 }
 

@@ -64,7 +64,8 @@
 //! | [`image`], [`layer`], [`snapshot`] | a checked image, what lies beneath it, its snapshots |
 //! | [`bitmaps`] | persistent bitmaps: found, marked as in use, and left alone |
 //! | [`table`], [`cache`], [`metaset`] | L1 and refcount table; L2 and refcount pages; overlaps |
-//! | [`engine`], [`life`], [`report`] | events, actions, waiting; failure, closing; counters |
+//! | [`engine`], [`waiting`] | events and actions; what requests wait for |
+//! | [`life`], [`report`] | failure, closing; counters |
 //! | [`progress`], [`pages`] | operations and their completion; reading pages of tables |
 //! | [`request`], [`optable`], [`op`] | requests, operations under way, what crosses the border |
 //! | [`hit`] | the short way of reads and writes that find all they need in the caches |
@@ -131,6 +132,7 @@ mod table;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod units;
+mod waiting;
 mod write;
 mod zero;
 

@@ -203,6 +203,45 @@ fn a_write_on_a_full_host_waits_for_what_was_discarded_before() {
     assert!(take(&mut world, 1), "there is room: {}", world.engine.waits());
 }
 
+/// The pages of many reads come in one turn, and there is room for few: each serves who waits for
+/// it before it goes again.
+#[test]
+fn pages_that_come_together_are_each_of_use() {
+    const READERS: u16 = 128;
+    const TURN: usize = 8;
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("rounds-pages.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,preallocation=metadata"];
+    let done = Command::new("qemu-img").args(create).arg(&path).arg("8M").status();
+    assert!(done.expect("qemu-img must be installed").success());
+    let disk = Disk::new(std::fs::read(&path).unwrap());
+    let options = Options { depth: READERS, l2_cache: Some(16 * 512), ..Options::default() };
+    let mut world = World::open(disk, &options).unwrap();
+    world.settle();
+    let (mut prng, mut replies) = (Prng::new(3), 0);
+    let mut read = |world: &mut World, tag| {
+        let request = Request::Read { offset: prng.below(16384) * 512, len: 512 };
+        world.submit(tag, request, vec![0; 512]);
+    };
+    for tag in 0..READERS {
+        read(&mut world, tag);
+    }
+    while replies < 4000 {
+        world.gathers = true;
+        for _ in 0..TURN.min(world.in_flight.len()) {
+            world.complete(0);
+        }
+        world.gathers = false;
+        world.go_on(None);
+        for reply in std::mem::take(&mut world.replies) {
+            replies += 1;
+            read(&mut world, reply.tag);
+        }
+    }
+    let reads = world.engine.stats().metadata_reads;
+    // 16 of 256 pages are there: nearly every read of the guest needs one.
+    assert!(reads < replies * 11 / 10 + 200, "{reads} reads of pages for {replies} requests");
+}
+
 /// An image of 4 KiB clusters, all of them data in a file of its own.
 fn open_data_file(kind: DataFile, discards: Discards) -> World {
     let (spec, pool) = (ImageSpec::plain(12, 64 << 10), Pool::shared());
