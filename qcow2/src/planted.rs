@@ -167,6 +167,12 @@ mod selected {
         planted
     }
 
+    /// The bug that is planted in the engines of this thread.
+    #[must_use]
+    pub fn planted() -> Option<Bug> {
+        CURRENT.get()
+    }
+
     /// How often the engines of this thread have come by the planted bug.
     #[must_use]
     pub fn asked() -> u64 {
@@ -175,7 +181,7 @@ mod selected {
 }
 
 #[cfg(feature = "planted-bugs")]
-pub use selected::{asked, is, plant};
+pub use selected::{asked, is, plant, planted};
 
 /// Is this bug planted? Not without the feature.
 #[cfg(not(feature = "planted-bugs"))]

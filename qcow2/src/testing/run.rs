@@ -84,7 +84,7 @@ struct Hit {
     kind: OpKind,
 }
 
-/// In half of the runs, one event in so many is worked on together with the next.
+/// In a quarter of the runs, one event in so many is worked on together with the next.
 const GATHERED: u64 = 3;
 
 /// One event in so many kills a successor that is opening the image, or a process that closes it.
@@ -129,7 +129,7 @@ impl Run {
             setting,
             pool,
             prng: Prng::new(seed),
-            gathers: seed.is_multiple_of(2),
+            gathers: seed.is_multiple_of(4),
             stage: Stage::Opening,
             steps: 0,
             now_ms: 0,
